@@ -118,7 +118,8 @@ def option(default: Any, text: str, label: str = "", **metadata: Any) -> Any:
     Args:
         text: the help.
         label: the label in a form; empty for one made from the field's name.
-        metadata: `choices`, and under a task's name the name of the flag on that task.
+        metadata: `choices`, and under a task's name the name of the flag on that task. `before_it_existed`: the value of the option
+            in runs that did not record it, if that is not the default.
     """
     return field(default=default, metadata={"help": text, "label": label, **metadata})
 
@@ -227,7 +228,10 @@ class AdapterMethod:
 
     @property
     def without_effect(self) -> frozenset[str]:
-        """The options that have no effect with the values of the others, by name: a resumed run may have other values."""
+        """The options that have no effect with the values of the others, by name: a resumed run may have other values.
+
+        A run is told which of them were given.
+        """
         return frozenset()
 
     def formula_names(self, m: int, n: int) -> dict[str, int]:

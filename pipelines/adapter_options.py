@@ -166,20 +166,23 @@ def changed_options_of(
     Values that were not given are the method's defaults, so that it does not matter with which other methods a flag is shared.
 
     Args:
-        before, now: values by flag. An option that only one side has is not compared.
+        before, now: values by flag. An option that only one side has is not compared, unless it says what came before it.
     """
     kind = method_named(method)
+    fields = dataclasses.fields(kind.Options)
+    unrecorded = {flag_of(each, task): each.metadata.get("before_it_existed") for each in fields}
+    before = {**{flag: value for flag, value in unrecorded.items() if value is not None}, **before}
     earlier, later = (options_of(SimpleNamespace(**{**now, **side}), task, built_in, method) for side in (before, now))
     ignored = kind(kind.Options(**later)).without_effect
-    for option in dataclasses.fields(kind.Options):
+    for option in fields:
         if option.name not in ignored and earlier[option.name] != later[option.name]:
             yield flag_of(option, task), earlier[option.name], later[option.name]
 
 
 def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str]:
-    """A sentence for each option with another value than its default that none of `methods` has."""
+    """A sentence for each option with another value than its default that none of `methods` has or uses."""
     chosen = frozenset(methods)
-    sentences = []
+    sentences = _without_effect(options, task, chosen)
     for name, option in options.method_options.items():
         value = getattr(options, name)
         if not chosen & set(option.methods) and value not in _defaults_of(name, option, task):
@@ -189,6 +192,25 @@ def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str
                 f"{renamed_flag(name, chosen, task)}"
             )
     return sentences
+
+
+def _without_effect(options: Any, task: Task, methods: Iterable[str]) -> list[str]:
+    """A sentence for each given option of `methods` that none of them uses with the values of the other options."""
+    used, users = set(), {}
+    for method in map(method_named, sorted(methods)):
+        ignored = method(method.Options(**options_of(options, task, False, method.name))).without_effect
+        for option in dataclasses.fields(method.Options):
+            flag = flag_of(option, task)
+            given = getattr(options, flag) not in (None, *(_default_of(method, option, task, each) for each in (True, False)))
+            if option.name not in ignored:
+                used.add(flag)
+            elif given:
+                users.setdefault(flag, []).append(method.title)
+    return [
+        f"--{flag} {getattr(options, flag)} has no effect on {', '.join(titles)} with the values of the other options."
+        for flag, titles in users.items()
+        if flag not in used
+    ]
 
 
 def renamed_flag(name: str, methods: Iterable[str], task: Task) -> str:

@@ -58,6 +58,11 @@ class LoraGa(SubtractedStart, Lora):
     # Quantised weights are integers, which have no gradient.
     adapts_quantized_layers = False
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """The gamma of the stable scaling, with another scaling."""
+        return frozenset() if self.options.lora_ga_scale == "stable" else frozenset({"stable_gamma"})
+
     def usable_rank(self, rank: int, rows: int, columns: int) -> int:
         """Half of the gradient's singular vectors are for A_0 and half for B_0."""
         return min(rank, min(rows, columns) // 2)

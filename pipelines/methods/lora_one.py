@@ -94,6 +94,11 @@ class LoraOne(Lora):
         # Gram matrices need whole factors, which FSDP would split.
         self.can_be_sharded = not options.precondition
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """The damping, without the preconditioner."""
+        return frozenset() if self.options.precondition else frozenset({"damping"})
+
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
         """With `precondition`, the preconditioner."""
         if not self.options.precondition:

@@ -27,6 +27,7 @@ class LoraXs(Nora):
     reference = "Bałazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters"
     samples_start = False
     needs_quantization = False
+    without_effect: frozenset[str] = frozenset()
     parameters = "rank * rank"
     Options = LowRankOptions
 

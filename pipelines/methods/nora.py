@@ -250,10 +250,15 @@ class Nora(AdapterMethod):
 
     @property
     def without_effect(self) -> frozenset[str]:
-        """The options of gradients, if none are computed."""
-        options = self.options
-        names = {"gradient_batches"} if options.basis == "weight" and options.parameter_budget is None else set()
-        return frozenset(names | ({"gradient_share", "gradient_scale"} if options.basis == "weight" else set()))
+        """The options of gradients that are not computed, and the rank if `parameter_budget` chooses it."""
+        has_budget, basis = self.options.parameter_budget is not None, self.options.basis
+        unused = {
+            "rank": has_budget,
+            "gradient_batches": basis == "weight" and not has_budget,
+            "gradient_share": basis != "mixed",
+            "gradient_scale": basis == "weight",
+        }
+        return frozenset(name for name, is_unused in unused.items() if is_unused)
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
@@ -351,7 +356,8 @@ class Nora(AdapterMethod):
             config = model.peft_config[adapter_name]
             if config.is_recomputable:
                 save_adapter(model, folder / COMPACT / name, adapter_name, compact=True)
-            else:
+            elif not getattr(config, "full_only_logged", False):
+                config.full_only_logged = True
                 logger.info(not_recomputable(config, f"The adapter of {name}"))
 
     @classmethod

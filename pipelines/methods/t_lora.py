@@ -9,7 +9,7 @@ that it keeps. The diagonal S is trained too. Without Ortho-LoRA only A starts o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pipelines.adapter_method import LowRankOptions, Probe, TaskDefaults, option, tuner_layers
+from pipelines.adapter_method import (
+    ADAPTER_NAME,
+    LowRankOptions,
+    MethodTraining,
+    Probe,
+    TaskDefaults,
+    option,
+    tuner_layers,
+)
 from pipelines.errors import InputError
 from pipelines.lora_conversion import as_lora
 from pipelines.methods.lora import Lora, lora_config
@@ -55,7 +63,9 @@ class TLoraOptions(LowRankOptions):
     )
 
     ortho_lora: bool = option(
-        True, "Ortho-LoRA: start from orthonormal factors, which are subtracted, and train their scales too"
+        True,
+        "Ortho-LoRA: start from orthonormal factors, which are subtracted, and train their scales too",
+        before_it_existed=False,
     )
 
     def __post_init__(self) -> None:
@@ -111,8 +121,18 @@ class TLora(Lora):
                 start_orthonormal(A, B, scales.of(*matrix_shape(layer)), probe.generator)
             else:
                 fill_rows(A.weight, A.weight[0].numel(), probe.generator)
+        model.peft_config[adapter_name].t_lora_started = True
         copies = 2 if self.options.ortho_lora else 1
         follow_timestep(model, adapter_name, RankSchedule(rank, max(rank // 2, 1) if min_rank is None else min_rank, copies))
+
+    def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
+        """No hooks.
+
+        Raises: ValueError if `start` was not called, so that plain LoRA would be trained.
+        """
+        if not all(getattr(model.peft_config[ADAPTER_NAME], "t_lora_started", False) for model in models):
+            raise ValueError(f"{self.title} has not been started from orthonormal factors. Call start before training.")
+        return super().training(models, total_steps)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """1 for both."""
@@ -131,7 +151,7 @@ class TLora(Lora):
                 for key, layer in layers.items()
             }
             config, tensors = as_lora(factors)
-            schedules = [layer.schedules[adapter_name] for layer in layers.values() if isinstance(layer, TimestepLayer)]
+            schedules = list(filter(None, (schedule_at(layer, adapter_name) for layer in layers.values())))
             ranks = {MIN_RANK: str(schedules[0].min_rank), RANK: str(schedules[0].rank)} if schedules else {}
             write_native(folder / FULL / name, config, tensors, {METHOD_KEY: cls.name, **ranks})
 
@@ -266,23 +286,28 @@ def follow_timestep(model: nn.Module, adapter_name: str, schedule: RankSchedule)
     layers = [layer for layer in tuner_layers(model).values() if adapter_name in getattr(layer, "lora_A", ())]
     model.register_forward_pre_hook(schedule.read, with_kwargs=True)
     for layer in layers:
+        # On the adapter's own module, so that it is deleted with the adapter.
+        layer.lora_A[adapter_name].rank_schedule = schedule
         layer.lora_A[adapter_name].register_forward_hook(schedule.apply)
         if not isinstance(layer, TimestepLayer):
-            layer.__class__, layer.schedules = following(type(layer)), {}
-        layer.schedules[adapter_name] = schedule
+            layer.__class__ = following(type(layer))
+
+
+def schedule_at(layer: nn.Module, adapter_name: str) -> RankSchedule | None:
+    """The schedule that the adapter follows in `layer`; None if its rank is the same at all noise levels."""
+    return getattr(layer.lora_A[adapter_name], "rank_schedule", None)
 
 
 class TimestepLayer:
     """A mixin in front of a LoRA layer's class: merging adds s B mean(M_t) A, as the exported files do."""
 
-    schedules: dict[str, RankSchedule]
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The weight change averaged over all noise levels, in the shape of the weight."""
-        if adapter not in self.schedules:
+        schedule = schedule_at(self, adapter)
+        if schedule is None:
             return super().get_delta_weight(adapter)
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        mean = self.schedules[adapter].mean_and_covariance()[0].to(A)
+        mean = schedule.mean_and_covariance()[0].to(A)
         change = self.scaling[adapter] * (B.flatten(1) * mean) @ A.flatten(1)
         return change.view_as(self.get_base_layer().weight)
 
@@ -305,9 +330,10 @@ def average_factors(layer: LoraLayer, adapter_name: str) -> Factors | None:
     if not has_adapter(layer, adapter_name):
         return None
     factors = full_rank_factors(layer, adapter_name)
-    if adapter_name not in layer.schedules:
+    schedule = schedule_at(layer, adapter_name)
+    if schedule is None:
         return factors
-    mean, covariance = layer.schedules[adapter_name].mean_and_covariance()
+    mean, covariance = schedule.mean_and_covariance()
     up, down = factors.up.double().cpu(), factors.down.double().cpu()
     gram = (up.T @ up) * (down @ down.T)
     error, norm = float((gram * covariance).sum()), float((gram * (covariance + torch.outer(mean, mean))).sum())

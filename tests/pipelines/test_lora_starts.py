@@ -356,7 +356,7 @@ def test_files_in_half_precision_hold_the_change_and_not_the_difference_of_two_l
     assert error(*side_by_side) > 0.1
 
 
-@pytest.mark.parametrize("name", [*SUBTRACTED, "eva"])
+@pytest.mark.parametrize("name", [*SUBTRACTED, "eva", "t_lora"])
 def test_training_without_a_start_is_an_error_and_not_plain_lora(name):
     model, kind = small_model(), method_named(name)
     method = kind(kind.Options(rank=RANK))

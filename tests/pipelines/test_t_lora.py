@@ -175,6 +175,22 @@ def test_a_loaded_adapter_follows_the_noise_level_too_and_a_second_one_has_its_o
     torch.testing.assert_close(predict(fresh.unet, [0]), predict(pipe.unet, [0]))
 
 
+def test_a_plain_lora_under_the_name_of_a_deleted_adapter_does_not_follow_the_noise_level(pipe, tmp_path):
+    components = adapted(pipe, tmp_path, ortho_lora=False)
+    disturb(components)
+    adapter_files.save(components, tmp_path / "ranks")
+    config, tensors, _ = read_native(tmp_path / "ranks" / "full" / "unet")
+    write_native(tmp_path / "plain" / "unet", config, tensors, {METHOD_KEY: "lora"})
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / "ranks" / "full", "loaded")
+    fresh.delete_adapters("loaded")
+    adapters.load_adapter(fresh, tmp_path / "plain", "loaded")
+    for layer in tuner_layers(fresh.unet).values():
+        A, B = (part["loaded"].weight for part in (layer.lora_A, layer.lora_B))
+        torch.testing.assert_close(layer.get_delta_weight("loaded").flatten(1), B.flatten(1) @ A.flatten(1))
+        assert low_rank_factors(layer, "loaded").relative_error == 0
+
+
 def rewrite(folder, min_rank, rank=RANK):
     config, tensors, _ = read_native(folder)
     write_native(folder, config, tensors, {METHOD_KEY: "t_lora", MIN_RANK: min_rank, RANK_KEY: str(rank)})

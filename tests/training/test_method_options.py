@@ -62,6 +62,31 @@ def test_an_unused_option_is_named_even_if_another_method_has_its_value_as_the_d
         assert sentence.startswith(f"--rank {rank} is not used: it is an option of")
 
 
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ("--parameter_budget 5000 --rank 12", ["rank"]),
+        ("--gradient_batches 3 --gradient_scale gradient", ["gradient_batches", "gradient_scale"]),
+        ("--basis gradient --gradient_batches 3 --gradient_scale gradient --gradient_share 0.7", ["gradient_share"]),
+        ("--basis mixed --gradient_batches 3 --gradient_scale gradient --gradient_share 0.7", []),
+        ("--parameter_budget 5000 --gradient_batches 3", []),
+        ("--method lora_one --damping 0.1", ["damping"]),
+        ("--method lora_ga --lora_ga_scale unit --stable_gamma 3", ["stable_gamma"]),
+    ],
+)
+def test_an_option_without_effect_beside_the_others_is_named(given, flags):
+    sentences = parse_options(given.split()).unused()
+    assert [sentence.split()[0] for sentence in sentences] == [f"--{flag}" for flag in flags]
+    assert all(sentence.endswith(" with the values of the other options.") for sentence in sentences)
+
+
+def test_an_option_that_one_of_several_methods_uses_is_not_named():
+    given = ["--gradient_batches", "3", "--method", "nora"]
+    (sentence,) = parse_fewshot_options(given).method.unused()
+    assert sentence == "--gradient_batches 3 has no effect on NoRA with the values of the other options."
+    assert parse_fewshot_options([*given, "lora_one"]).method.unused() == []
+
+
 @pytest.mark.parametrize("method", full_precision_methods())
 def test_no_option_is_called_unused_if_none_was_given(method):
     assert parse_options(["--method", method]).unused() == []

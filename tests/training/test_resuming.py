@@ -1,13 +1,15 @@
 """Going on with a run: what may change, what may not, and the first moments of a run."""
 
 import copy
+import dataclasses
 import json
 import os
 
 import pytest
 
-from pipelines.adapter_options import AdapterOptions
+from pipelines.adapter_options import AdapterOptions, changed_options_of
 from pipelines.errors import InputError
+from pipelines.methods import method_names
 from training.engine.resuming import changed_options, check_can_resume
 from training.options import SubjectOptions
 from training.options.fewshot import FewShotMethodOptions, FewShotOptions
@@ -82,6 +84,23 @@ def test_a_changed_option_of_the_method_is_refused_where_it_has_an_effect(task):
     (name,) = (name for name, value in later.items() if value is group)
     before[name] |= {"gradient_batches": 8, "inner_init": "gaussian", "gamma": 7.0}
     assert [text.split(":")[0] for text in changed_options(before, later)] == ["gradient_batches", "inner_init"]
+
+
+@pytest.mark.parametrize("task", ["subject", "few-shot"])
+def test_a_run_of_t_lora_that_did_not_record_ortho_lora_goes_on_without_it_and_is_refused_with_it(task):
+    """Such a run trained A and B alone, with nothing subtracted."""
+    for ortho_lora, differences in ((True, ["ortho_lora: False before, True now"]), (False, [])):
+        group, later = earlier_and_later(task, method="t_lora", ortho_lora=ortho_lora)
+        before = copy.deepcopy(later)
+        (name,) = (name for name, value in later.items() if value is group)
+        del before[name]["ortho_lora"]
+        assert list(changed_options(before, later)) == differences
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_an_unchanged_run_of_each_method_can_be_resumed(method):
+    options = dataclasses.asdict(AdapterOptions(method))
+    assert list(changed_options_of(method, options, options, "subject", built_in=False)) == []
 
 
 def test_another_number_of_processes_is_refused(run):
