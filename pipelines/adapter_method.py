@@ -118,8 +118,8 @@ def option(default: Any, text: str, label: str = "", **metadata: Any) -> Any:
     Args:
         text: the help.
         label: the label in a form; empty for one made from the field's name.
-        metadata: `choices`, and under a task's name the name of the flag on that task. `before_it_existed`: the value of the option
-            in runs that did not record it, if that is not the default.
+        metadata: `choices`, and under a task's name the name of the flag on that task. `before_it_existed`: the value of the
+            option in runs that did not record it, if that is not the default.
     """
     return field(default=default, metadata={"help": text, "label": label, **metadata})
 
