@@ -19,6 +19,7 @@ from pipelines.run_options import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from peft.tuners._buffer_dict import BufferDict
 
 # Metadata key: the digest of A and B, which are not in the file.
 BASES = "randlora_bases_sha256"
@@ -92,6 +93,7 @@ class Randlora(PeftMethod):
         for name, (A, B) in before.items():
             others[name].randlora_A.update(A)
             others[name].randlora_B.update(B)
+        _generate_in_float32(model, config, adapter_name)
 
     @classmethod
     def file_metadata(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -106,7 +108,9 @@ class Randlora(PeftMethod):
         """
         from nora_vision.files import AdapterFileError
 
-        if metadata.get(BASES) != _digest(model, adapter_name):
+        # Earlier versions had them in the precision of the weights.
+        precisions = (torch.float32, torch.bfloat16, torch.float16)
+        if metadata.get(BASES) not in [_digest(model, adapter_name, dtype) for dtype in precisions]:
             raise AdapterFileError(
                 f"{source}: the key {model.peft_config[adapter_name].projection_prng_key} gives other shared random matrices "
                 "here than where the adapter was saved. Use the file exported for diffusers."
@@ -126,12 +130,31 @@ def _one_key(configs: Mapping[str, PeftConfig], key: int) -> Iterator[None]:
             configs[name].projection_prng_key = key
 
 
-def _digest(model: nn.Module, adapter_name: str) -> str:
-    """The digest of A (r, 1, smallest side) and B (largest side, count, r)."""
+def _bases(model: nn.Module, adapter_name: str) -> tuple[BufferDict, BufferDict]:
+    """The dictionaries, by adapter, of A (r, 1, smallest side) and B (largest side, count, r), which all layers share."""
+    layer = next(layer for layer in tuner_layers(model).values() if adapter_name in getattr(layer, "randlora_lambda", ()))
+    return layer.randlora_A, layer.randlora_B
+
+
+def _generate_in_float32(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Generate A and B again as PEFT does, which rounds them to the weights' precision afterwards."""
+    from peft.tuners.randlora.model import _kaiming_init
+
+    A, B = _bases(model, adapter_name)
+    generator = torch.Generator().manual_seed(config.projection_prng_key)
+    largest, count, rank = B[adapter_name].shape
+    of_A = _kaiming_init(tuple(A[adapter_name].shape), generator)
+    of_B = torch.cat([_kaiming_init((largest, 1, rank), generator) for _ in range(count)], dim=1)
+    for bases, values in ((A, of_A), (B, of_B)):
+        bases[adapter_name] = (values / values.std()).to(bases[adapter_name].device, torch.float32)
+
+
+def _digest(model: nn.Module, adapter_name: str, dtype: torch.dtype = torch.float32) -> str:
+    """The digest of A and B in this precision."""
     from pipelines.cache import digest_of
 
-    layer = next(layer for layer in tuner_layers(model).values() if adapter_name in getattr(layer, "randlora_lambda", ()))
-    return digest_of({"A": layer.randlora_A[adapter_name], "B": layer.randlora_B[adapter_name]})
+    A, B = _bases(model, adapter_name)
+    return digest_of({"A": A[adapter_name].to(dtype), "B": B[adapter_name].to(dtype)})
 
 
 METHOD = Randlora

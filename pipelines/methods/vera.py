@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -74,9 +74,14 @@ class Vera(SharedStateMethod):
         super().start(model, probe, adapter_name)
         config = model.peft_config[adapter_name]
         config.projection_prng_key = int(torch.randint(LARGEST_SEED, (), generator=probe.generator))
-        shared = self.generated(self.layers_of(model), adapter_name)
-        for name, values in random_projections(config, shared["A"].shape[1], shared["B"].shape[0]).items():
-            shared[name].copy_(values)
+        self.complete(list(self.layers_of(model).values()), config, adapter_name)
+
+    @classmethod
+    def complete(cls, layers: Sequence[VeraLayer], config: PeftConfig, adapter_name: str) -> None:
+        """Generate A and B in float32; PEFT rounds them to the weights' precision, in which they would have another digest."""
+        A, B = layers[0].vera_A, layers[0].vera_B
+        values = random_projections(config, A[adapter_name].shape[1], B[adapter_name].shape[0])
+        A[adapter_name], B[adapter_name] = values["A"].to(A[adapter_name].device), values["B"].to(B[adapter_name].device)
 
     @classmethod
     def generated(cls, layers: Mapping[str, VeraLayer], adapter_name: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from nora_vision import AdapterFileError
 from nora_vision.factors import low_rank_factors
 from pipelines import adapter_files
-from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
+from pipelines.adapter_method import ADAPTER_NAME, Probe, no_losses, trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.methods import method_named
@@ -148,6 +148,26 @@ def test_a_file_of_a_half_precision_model_holds_what_is_shared_once_and_loads_on
         factors = low_rank_factors(layer, ADAPTER_NAME)
         change = getattr(fresh, layer_name).get_delta_weight("loaded")
         torch.testing.assert_close(change, factors.up @ factors.down, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vera", "randlora"])
+def test_random_matrices_are_the_same_on_weights_of_every_precision(name, trained, tmp_path):
+    """PEFT rounds them to the precision of the weights, so that a file would load in that precision at most."""
+    model, method = Layers(trained), AdapterOptions(name, rank=4).create()
+    method.add(model, list(SIZES), torch.Generator().manual_seed(0))
+    method.start(model, Probe(lambda: None, no_losses, torch.Generator().manual_seed(1), tmp_path), ADAPTER_NAME)
+    disturb(model)
+    adapter_files.save({"image": model}, tmp_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        fresh = Layers(dtype)
+        adapter_files.load({"image": fresh}, tmp_path / "full", "loaded")
+        for layer_name in SIZES:
+            expected = getattr(model, layer_name).get_delta_weight(ADAPTER_NAME).detach()
+            difference = getattr(fresh, layer_name).get_delta_weight("loaded").float() - expected
+            # What is trained is rounded when it is loaded.
+            assert difference.norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+            assert expected.norm() > 0.1
 
 
 def test_other_random_indices_than_in_training_are_refused(tmp_path, monkeypatch):
