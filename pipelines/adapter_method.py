@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from pipelines.adapter_checks import check_rank, check_ranks_of_file, check_targets, check_tensors
 from pipelines.errors import InputError
 from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, read_native, write_native
 from pipelines.option_checks import above_zero, at_least
@@ -160,6 +161,8 @@ class AdapterMethod:
     starts_at_base: ClassVar[bool] = True
     # Whether the seed changes the initial values of its tensors.
     samples_start: ClassVar[bool] = True
+    # The option that must not exceed the size of every adapted weight; None if higher values make sense or `attach` checks it.
+    rank_option: ClassVar[str | None] = "rank"
     # Which layers it can adapt besides linear ones in full precision.
     adapts_convolutions: ClassVar[bool] = True
     adapts_quantized_layers: ClassVar[bool] = True
@@ -194,10 +197,13 @@ class AdapterMethod:
     ) -> None:
         """Configure the adapter, note the method in the configuration, and attach it to `model`.
 
-        Raises: ValueError if it does not fit the model.
+        Raises: ValueError if it does not fit the model, or naming targets that the model lacks.
         """
         config = self.config(target_modules, exclude_modules)
         note_method(config, self.name)
+        check_targets(model, config)
+        if (rank := getattr(self.options, self.rank_option or "", None)) is not None:
+            check_rank(model, config, self.rank_option, rank)
         self.attach(model, config, adapter_name, generator)
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
@@ -311,14 +317,16 @@ class AdapterMethod:
             # Earlier versions wrote no prefix; PEFT's own loader needs one.
             state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
             note_method(config, cls.name)
-            cls.inject(model, config, adapter_name)
-            # PEFT ignores targets that the model lacks, and tensors that match no target.
-            unmatched = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
-            if unmatched:
+            try:
+                if cls.rank_option is not None:
+                    check_ranks_of_file(model, config, tensors)
+                cls.inject(model, config, adapter_name)
+                check_tensors(state, get_peft_model_state_dict(model, adapter_name=adapter_name))
+            except (TypeError, ValueError, NotImplementedError) as error:
                 raise InputError(
-                    f"{folder / name / WEIGHTS} does not fit this {name} model: only one of the two has {unmatched[0]!r} "
-                    f"({len(unmatched)} such tensors in all). Load it onto the model that it was trained on."
-                )
+                    f"{folder / name / WEIGHTS} does not fit this {name} model: {error} Load it onto the model that it was "
+                    "trained on."
+                ) from error
             set_peft_model_state_dict(model, state, adapter_name)
             cls.check_loaded(model, adapter_name, metadata, folder / name / WEIGHTS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -145,10 +146,15 @@ def fill_in(options: Any, task: Task, built_in: bool, methods: Iterable[str]) ->
 
 
 def options_of(options: Any, task: Task, built_in: bool, method: str) -> dict[str, Any]:
-    """The values of the options of `method`, by their names in its `Options`; those not given have the method's defaults."""
+    """The values of the options of `method`, by their names in its `Options`; those not given have the method's defaults.
+
+    Raises: InputError naming the flag if a value is infinite or NaN.
+    """
     kind, values = method_named(method), {}
     for option in dataclasses.fields(kind.Options):
         value = getattr(options, flag_of(option, task))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag_of(option, task)} must be a finite number, got {value}.")
         values[option.name] = _default_of(kind, option, task, built_in) if value is None else value
     return values
 

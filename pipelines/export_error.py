@@ -12,6 +12,7 @@ from torch import nn
 from nora_vision.factors import has_adapter, is_weight_change, low_rank_factors
 from nora_vision.lycoris import lycoris_form
 from nora_vision.weight_change import EXPORT_RANK
+from pipelines.adapter_checks import matrix_size
 from pipelines.adapter_method import ADAPTER_NAME, tuner_layers
 
 # Standard deviation of the random values that stand for training. The share that is left out hardly depends on it.
@@ -29,7 +30,7 @@ def expected_left_out(components: Mapping[str, nn.Module]) -> float:
         return 0.0
     layers = [layer for model in components.values() for layer in tuner_layers(model).values()]
     layers = [layer for layer in layers if has_adapter(layer, ADAPTER_NAME)]
-    layer = copy.deepcopy(max(layers, key=lambda layer: math.prod(_matrix_shape(layer.get_base_layer()))))
+    layer = copy.deepcopy(max(layers, key=lambda layer: math.prod(matrix_size(layer.get_base_layer()))))
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         if parameter.requires_grad:
@@ -55,8 +56,3 @@ def left_out_sentence(share: float, lycoris: bool = False) -> str:
         + ("The kohya file will be exact, in the form of LyCORIS. " if lycoris else "")
         + "The native files are always exact."
     )
-
-
-def _matrix_shape(base: nn.Module) -> tuple[int, int]:
-    """Rows and columns of the weight as a matrix, also of a quantised one."""
-    return (base.out_features, base.in_features) if isinstance(base, nn.Linear) else (len(base.weight), base.weight[0].numel())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pipelines.adapter_checks import matrix_size
 from pipelines.adapter_method import add_adapter
 from pipelines.errors import InputError
 
@@ -66,7 +67,7 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
     for name, each in factors.items():
         layer = modules.get(name)
         layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        size = _matrix_size(layer)
+        size = matrix_size(layer)
         if size != (len(each.up), each.down.shape[1]):
             raise InputError(
                 f"{source} does not fit this model: it changes the layer {name!r} of size {len(each.up)} x {each.down.shape[1]}, "
@@ -77,10 +78,3 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
     config, tensors = as_lora(shaped)
     add_adapter(model, config, adapter_name)
     set_peft_model_state_dict(model, tensors, adapter_name)
-
-
-def _matrix_size(layer: nn.Module | None) -> tuple[int, int] | None:
-    """(out, in) of a layer's weight as a matrix, also of a quantised one; None if there is no such layer."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels, layer.weight[0].numel()
-    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None

@@ -49,15 +49,19 @@ def write_native(
 def read_native(folder: Path) -> NativeFiles:
     """Read what `write_native` wrote.
 
-    Raises: AdapterFileError if a file was changed after it was saved.
+    Raises: AdapterFileError if a file was changed after it was saved, or PEFT refuses the configuration.
     """
     from peft import PeftConfig
 
-    from nora_vision.files import check_configuration, read_json, read_tensors
+    from nora_vision.files import AdapterFileError, check_configuration, read_json, read_tensors
 
     metadata = read_metadata(folder)
     check_configuration(metadata, read_json(folder / CONFIG), folder)
-    return NativeFiles(PeftConfig.from_pretrained(str(folder)), read_tensors(folder / WEIGHTS, dtypes=_dtypes()), metadata)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not a valid configuration: {error}") from error
+    return NativeFiles(config, read_tensors(folder / WEIGHTS, dtypes=_dtypes()), metadata)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from pipelines.adapter_checks import targeted_layers
 from pipelines.adapter_method import AdapterMethod, Probe, tuner_layers
 from pipelines.lora_conversion import add_as_lora
 from pipelines.scalable_layers import make_scalable
@@ -59,10 +60,7 @@ class PeftMethod(AdapterMethod):
         from nora_vision.calibration import base_name
         from nora_vision.factors import has_adapter
 
-        targeted = dict(targeted_layers(model, config))
-        if not targeted:
-            raise ValueError(f"The model has no layer {' or '.join(sorted(config.target_modules))}. Correct target_modules.")
-        for name, layer in targeted.items():
+        for name, layer in targeted_layers(model, config):
             problem = self.misfit(layer)
             if problem is not None:
                 raise ValueError(f"{self.title} cannot adapt {name!r}: {problem}")
@@ -110,15 +108,6 @@ class PeftMethod(AdapterMethod):
                 add_as_lora(model, factors, adapter_name, folder / name)
             else:
                 make_scalable(model)
-
-
-def targeted_layers(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of `model` that `config` names, without the adapters around them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-
-    for name, layer in model.named_modules():
-        if not name.endswith(".base_layer") and check_target_module_exists(config, name):
-            yield name, layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # PEFT adds this to the rank before dividing by it.
 EPSILON = 1e-5
+PARTS = ("lora_A", "lora_B", "lora_E")
 MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -87,6 +88,7 @@ class AdaLora(AdapterMethod):
     reference = "Zhang et al. 2023, Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning"
     parameters = "init_r * (m + n + 1)"
     Options = AdaLoraOptions
+    rank_option = "init_r"
     # Allocation needs whole rows of parameters, which FSDP would split.
     can_be_sharded = False
 
@@ -168,7 +170,11 @@ class AdaLora(AdapterMethod):
         Raises: InputError if it does not fit the model; AdapterFileError if a file was changed after it was saved.
         """
         for name, model in components.items():
-            add_as_lora(model, factors_in(read_native(folder / name)), adapter_name, folder / name)
+            try:
+                factors = factors_in(read_native(folder / name))
+            except ValueError as error:
+                raise InputError(f"{folder / name} is no adapter of AdaLoRA: {error}") from error
+            add_as_lora(model, factors, adapter_name, folder / name)
 
 
 class AdaLoraTraining(MethodTraining):
@@ -273,14 +279,33 @@ def adalora_factors(layer: AdaLoraLayer, adapter_name: str) -> Factors | None:
 
 
 def factors_in(files: NativeFiles) -> dict[str, Factors]:
-    """The factors of `adalora_factors` from a file's tensors, by layer name."""
+    """The factors of `adalora_factors` from a file's tensors, by layer name.
+
+    Raises: ValueError if init_r is not a positive integer, or naming a tensor that is missing, unknown, or of another shape.
+    """
     from nora_vision.factors import Factors
     from nora_vision.saving import PEFT_PREFIX
 
-    scale = files.config.lora_alpha / (files.config.init_r + EPSILON)
-    names = [name.removesuffix(".lora_E") for name in files.tensors if name.endswith(".lora_E")]
-    parts = {name: [files.tensors[f"{name}.{part}"].float() for part in ("lora_A", "lora_B", "lora_E")] for name in names}
-    return {name.removeprefix(PEFT_PREFIX): Factors(scale * B, e * A) for name, (A, B, e) in parts.items()}
+    init_r = files.config.init_r
+    if type(init_r) is not int or init_r < 1:
+        raise ValueError(f"init_r must be an integer of at least 1, got {init_r!r}.")
+    scale = files.config.lora_alpha / (init_r + EPSILON)
+    return {name.removeprefix(PEFT_PREFIX): Factors(scale * B, e * A) for name, A, B, e in _triplets(files.tensors)}
+
+
+def _triplets(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The name of each layer, with A (k, in), B (out, k) and e (k, 1) in float32; raises as `factors_in`."""
+    names = sorted({name.rpartition(".")[0] for name in tensors})
+    unmatched = sorted({f"{name}.{part}" for name in names for part in PARTS} ^ tensors.keys())
+    if unmatched:
+        raise ValueError(f"each layer must have {', '.join(PARTS)}, but {unmatched[0]!r} is missing or unknown.")
+    for name in names:
+        A, B, e = (tensors[f"{name}.{part}"].float() for part in PARTS)
+        rank = (len(e),)
+        if [part.ndim for part in (A, B, e)] != [2, 2, 2] or (A.shape[:1], B.shape[1:], e.shape[1:]) != (rank, rank, (1,)):
+            shapes = ", ".join(str(tuple(part.shape)) for part in (A, B, e))
+            raise ValueError(f"the tensors of {name!r} must have the shapes (k, in), (out, k) and (k, 1), got {shapes}.")
+        yield name, A, B, e
 
 
 METHOD = AdaLora

@@ -54,7 +54,8 @@ class Boft(PeftMethod):
         factors, block = self.options.boft_n_butterfly_factor, self.options.block_size
         if factors > 1 and block % 2:
             return f"block_size must be even with {factors} butterfly factors, got {block}."
-        span = block * 2 ** (factors - 1)
+        # A power that exceeds n, even where 2^(f - 1) itself would need gigabytes.
+        span = block * 2 ** min(factors - 1, n.bit_length())
         if n % block == 0 and n % span:
             return (
                 f"block_size * 2^(boft_n_butterfly_factor - 1) must divide its in_features of {n}, got {span}. Lower "

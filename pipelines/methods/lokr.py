@@ -35,6 +35,8 @@ class Lokr(PeftMethod):
     parameters = "m1 * n1 + (rank * (m2 + n2) if 2 * rank < max(m2, n2) else m2 * n2)"
     Options = LokrOptions
     config_class = "LoKrConfig"
+    # A high rank is the usual way to ask for B A as one matrix.
+    rank_option = None
     fields: ClassVar = {"rank": "r", "dropout": "module_dropout"}
 
     @classmethod

@@ -29,6 +29,7 @@ class Miss(PeftMethod):
     parameters = "rank * m"
     Options = MissOptions
     config_class = "MissConfig"
+    rank_option = None
     adapts_quantized_layers = True
     samples_start = False
     adapts_convolutions = False

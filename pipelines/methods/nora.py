@@ -241,6 +241,7 @@ class Nora(AdapterMethod):
     reference = "NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models, ICCV 2025"
     parameters = "2 * rank * inner_r"
     Options = NoraOptions
+    rank_option = None
     uses_unquantized_weights = True
 
     @property

@@ -49,6 +49,7 @@ class Psoft(PeftMethod):
     parameters = "rank * (rank - 1) // 2 + 2 * rank"
     Options = PsoftOptions
     config_class = "PsoftConfig"
+    rank_option = None
     samples_start = False
     fields: ClassVar = {"rank": "r", "dropout": "psoft_dropout"}
     adapts_convolutions = False

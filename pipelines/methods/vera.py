@@ -50,6 +50,7 @@ class Vera(SharedStateMethod):
     Options = VeraOptions
     adapts_quantized_layers = True
     config_class = "VeraConfig"
+    rank_option = None
     fields: ClassVar = {"rank": "r", "dropout": "vera_dropout"}
     settings: ClassVar = {"save_projection": False}
     seed_field = "projection_prng_key"

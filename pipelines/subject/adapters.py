@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -167,7 +167,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
 
     Returns: sentences about the parts of a file that were ignored, and about adapters that this one should not be used with.
     Raises: InputError naming the path if there is no adapter or it does not fit the model; AdapterFileError if it is damaged or
-        not safe to load.
+        not safe to load. The pipeline is then without it.
     """
     path = Path(path)
     native = native_folder(path, COMPONENTS)
@@ -177,7 +177,12 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
             raise InputError(NO_ADAPTER.format(path=str(path)))
         return load_lora_file(pipeline, resolved[0], adapter_name, resolved[1])
     components = {name: getattr(pipeline, name) for name in COMPONENTS if (native / name).is_dir()}
-    adapter_files.load(components, native, adapter_name, sdxl_calibration(pipeline))
+    if any(adapter_name in (getattr(model, "peft_config", None) or {}) for model in components.values()):
+        raise InputError(f"The pipeline already has an adapter {adapter_name!r}. Delete it first or choose another name.")
+    with ExitStack() as on_failure:
+        on_failure.callback(pipeline.delete_adapters, [adapter_name])
+        adapter_files.load(components, native, adapter_name, sdxl_calibration(pipeline))
+        on_failure.pop_all()
     verify(pipeline, adapter_name, path)
     method = method_of(next(iter(components.values())).peft_config[adapter_name])
     return list(dict.fromkeys(sentence for model in components.values() for sentence in method.conflicts(model, adapter_name)))
