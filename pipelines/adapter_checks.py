@@ -44,17 +44,22 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
         )
 
 
-def check_rank(model: nn.Module, config: PeftConfig, name: str, rank: int) -> None:
+def check_rank(model: nn.Module, config: PeftConfig, option: str | None, rank: int | None) -> None:
     """Check that a weight change of an adapted layer can have the rank; higher ranks would take memory to no effect.
 
     Args:
-        name: of the option, for the error message.
+        option: its name, for the error message.
+        rank: None if the method has no such option.
     Raises: ValueError if `rank` exceeds the smaller side of the weight of every layer.
     """
+    if rank is None:
+        return
     sizes = [size for _, layer in targeted_layers(model, config) if (size := matrix_size(layer)) is not None]
     largest = max(map(min, sizes), default=rank)
     if rank > largest:
-        raise ValueError(f"{name} must be in [1, {largest}], the largest rank of an adapted weight, got {rank}. Lower {name}.")
+        raise ValueError(
+            f"{option} must be in [1, {largest}], the largest rank of an adapted weight, got {rank}. Lower {option}."
+        )
 
 
 def check_ranks_of_file(model: nn.Module, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -202,8 +202,7 @@ class AdapterMethod:
         config = self.config(target_modules, exclude_modules)
         note_method(config, self.name)
         check_targets(model, config)
-        if (rank := getattr(self.options, self.rank_option or "", None)) is not None:
-            check_rank(model, config, self.rank_option, rank)
+        check_rank(model, config, self.rank_option, getattr(self.options, self.rank_option or "", None))
         self.attach(model, config, adapter_name, generator)
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
@@ -324,8 +323,7 @@ class AdapterMethod:
                 check_tensors(state, get_peft_model_state_dict(model, adapter_name=adapter_name))
             except (TypeError, ValueError, NotImplementedError) as error:
                 raise InputError(
-                    f"{folder / name / WEIGHTS} does not fit this {name} model: {error} Load it onto the model that it was "
-                    "trained on."
+                    f"{folder / name / WEIGHTS} does not fit this {name} model: {error} Load it onto the one it was trained on."
                 ) from error
             set_peft_model_state_dict(model, state, adapter_name)
             cls.check_loaded(model, adapter_name, metadata, folder / name / WEIGHTS)

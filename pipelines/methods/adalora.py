@@ -300,11 +300,12 @@ def _triplets(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.
     if unmatched:
         raise ValueError(f"each layer must have {', '.join(PARTS)}, but {unmatched[0]!r} is missing or unknown.")
     for name in names:
-        A, B, e = (tensors[f"{name}.{part}"].float() for part in PARTS)
-        rank = (len(e),)
-        if [part.ndim for part in (A, B, e)] != [2, 2, 2] or (A.shape[:1], B.shape[1:], e.shape[1:]) != (rank, rank, (1,)):
-            shapes = ", ".join(str(tuple(part.shape)) for part in (A, B, e))
-            raise ValueError(f"the tensors of {name!r} must have the shapes (k, in), (out, k) and (k, 1), got {shapes}.")
+        A, B, e = parts = [tensors[f"{name}.{part}"].float() for part in PARTS]
+        shapes, k = [tuple(part.shape) for part in parts], e.numel()
+        if not k or shapes != [(k, A.numel() // k), (B.numel() // k, k), (k, 1)]:
+            raise ValueError(
+                f"the tensors of {name!r} must have the shapes (k, in), (out, k) and (k, 1), got {', '.join(map(str, shapes))}."
+            )
         yield name, A, B, e
 
 
