@@ -127,9 +127,9 @@ def test_ortho_lora_starts_with_the_last_singular_triples_of_a_random_matrix_and
 
 
 def test_rows_that_a_small_weight_cannot_have_start_as_in_lora(tmp_path):
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(32, 4)})
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(32, 4), "wide": torch.nn.Linear(32, RANK)})
     method = AdapterOptions("t_lora", rank=RANK).create()
-    method.add(model, ["layer"], torch.Generator().manual_seed(0))
+    method.add(model, ["layer", "wide"], torch.Generator().manual_seed(0))
     method.start(model, Probe(lambda: None, no_losses, torch.Generator().manual_seed(1), tmp_path), ADAPTER_NAME)
     x, layer = torch.randn(3, 32), model["layer"]
     assert torch.equal(layer(x), layer.get_base_layer()(x))
