@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+# What PEFT raises for the values of a configuration.
+PEFT_ERRORS = (ArithmeticError, NotImplementedError, TypeError, ValueError, re.error)
 
 
 def targeted_layers(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from pipelines.adapter_checks import check_rank, check_ranks_of_file, check_targets, check_tensors
+from pipelines.adapter_checks import PEFT_ERRORS, check_rank, check_ranks_of_file, check_targets, check_tensors
 from pipelines.errors import InputError
 from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, read_native, write_native
 from pipelines.option_checks import above_zero, at_least
@@ -321,7 +321,7 @@ class AdapterMethod:
                     check_ranks_of_file(model, config, tensors)
                 cls.inject(model, config, adapter_name)
                 check_tensors(state, get_peft_model_state_dict(model, adapter_name=adapter_name))
-            except (TypeError, ValueError, NotImplementedError) as error:
+            except PEFT_ERRORS as error:
                 raise InputError(
                     f"{folder / name / WEIGHTS} does not fit this {name} model: {error} Load it onto the one it was trained on."
                 ) from error

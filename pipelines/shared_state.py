@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from pipelines.adapter_checks import PEFT_ERRORS, check_tensors
 from pipelines.adapter_method import ADAPTER_NAME, tuner_layers
 from pipelines.errors import InputError
 from pipelines.lora_conversion import add_as_lora
@@ -156,15 +157,9 @@ class SharedStateMethod(PeftMethod):
         refusal = f"{source / WEIGHTS} does not fit this model: {{}} Load it onto the model that it was trained on."
         try:
             adapted: PeftModel = get_peft_model(skeleton_of(model), files.config, ADAPTER_NAME).eval()
-            unmatched = sorted(files.tensors.keys() ^ get_peft_model_state_dict(adapted).keys())
-            if unmatched:
-                raise InputError(refusal.format(f"only one of the two has {unmatched[0]!r} ({len(unmatched)} such tensors)."))
+            check_tensors(files.tensors, get_peft_model_state_dict(adapted))
             set_peft_model_state_dict(adapted, dict(files.tensors), ADAPTER_NAME)
-        except RuntimeError as error:
-            raise InputError(refusal.format(error)) from error
-        except InputError:
-            raise
-        except ValueError as error:
+        except (RuntimeError, *PEFT_ERRORS) as error:
             raise InputError(refusal.format(error)) from error
         layers = cls.layers_of(adapted.base_model.model)
         cls.complete(list(layers.values()), files.config, ADAPTER_NAME)

@@ -74,15 +74,15 @@ class Psoft(PeftMethod):
     def check_loaded(cls, model: nn.Module, adapter_name: str, metadata: Mapping[str, str], source: Path) -> None:
         """Give the rows of A and the columns of B the signs that they had in training.
 
-        Raises: AdapterFileError if A has other entries here than in training.
+        Raises: AdapterFileError if A has other entries here than in training, or the metadata is malformed.
         """
         from nora_vision.files import AdapterFileError
 
-        marks = json.loads(metadata[BASIS]) if BASIS in metadata else {}
         for name, (A, B) in _bases(model, adapter_name).items():
-            if name not in marks:
+            marks = _read_marks(metadata.get(BASIS, "{}"), name, A)
+            if marks is None:
                 raise AdapterFileError(f"{source} does not say which basis the layer {name!r} was trained in. Export it again.")
-            positions, values = (torch.tensor(part, device=A.device) for part in marks[name])
+            positions, values = marks
             here = A.gather(1, positions[:, None])[:, 0]
             if (here.abs() - values.abs()).abs().max() > TOLERANCE:
                 raise AdapterFileError(
@@ -108,6 +108,17 @@ def _marks(A: torch.Tensor) -> tuple[list[int], list[float]]:
     """For each row of A (r, n), the place of its largest entry and that entry."""
     positions = A.abs().argmax(dim=1)
     return positions.tolist(), [round(value, 5) for value in A.gather(1, positions[:, None])[:, 0].tolist()]
+
+
+def _read_marks(text: str, name: str, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The `_marks` of the layer called `name` in the metadata `text`; None if there are none for A (r, n)."""
+    try:
+        positions, values = json.loads(text)[name]
+        marks = torch.tensor(positions, device=A.device), torch.tensor(values, device=A.device)
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        return None
+    fit = all(part.shape == A.shape[:1] for part in marks) and not marks[0].is_floating_point()
+    return marks if fit and bool(((marks[0] >= 0) & (marks[0] < A.shape[1])).all()) else None
 
 
 METHOD = Psoft
