@@ -78,6 +78,8 @@ class PeftMethod(AdapterMethod):
             return self.misfit_of_size(layer.out_features, layer.in_features)
         if not self.adapts_convolutions:
             return f"it adapts nn.Linear only, got {type(layer).__name__}. Narrow target_modules."
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            return f"it adapts convolutions that pad with zeros, got padding_mode={layer.padding_mode!r}. Narrow target_modules."
         return None
 
     def misfit_of_size(self, m: int, n: int) -> str | None:

@@ -37,6 +37,11 @@ class ScalableLayer:
         for name in self.active_adapters:
             self.output_scales[name] = 1.0 if scale is None else self.output_scales.get(name, 1.0) / scale
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the adapter and its scale, which a later adapter of this name must not have."""
+        super().delete_adapter(adapter_name)
+        self.output_scales.pop(adapter_name, None)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus the scaled changes of the active adapters."""
         if x.dtype in HALF_PRECISION and not torch.is_autocast_enabled(x.device.type):

@@ -91,10 +91,11 @@ class _Sums:
 
     def add(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Add the input of one call; a forward pre-hook."""
-        for rows in input_rows(self.base, inputs[0].detach().float()):
-            self.sums[:-2] += rows.T @ rows
-            self.sums[-2] += rows.sum(dim=0)
-            self.sums[-1] += len(rows)
+        with torch.autocast(self.sums.device.type, enabled=False):
+            for rows in input_rows(self.base, inputs[0].detach().float()):
+                self.sums[:-2] += rows.T @ rows
+                self.sums[-2] += rows.sum(dim=0)
+                self.sums[-1] += len(rows)
 
     def moments(self, name: str) -> Moments:
         """The moments over all processes; see `second_moments`."""

@@ -117,11 +117,14 @@ def cut(config: PeftConfig, tensors: Mapping[str, torch.Tensor], rank: int) -> t
 def cut_files(folder: Path, rank: int, output: Path) -> list[Path]:
     """Cut every component of the native adapter in `folder`, a layout's folder; returns the new folders.
 
-    Raises: InputError if it is not an adapter of this method; AdapterFileError if a file is damaged.
+    Raises: InputError if it is not an adapter of this method, or `output` already has an adapter; AdapterFileError if a file is
+        damaged.
     """
     parts = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     if not parts:
         raise InputError(f"There is no native adapter in {str(folder)!r}. Give a run directory or the folder of a layout.")
+    if (output / "adapter").exists():
+        raise InputError(f"--output_dir {str(output)!r} already has an adapter, which would be overwritten. Name another folder.")
     written = []
     for part in parts:
         config, tensors, metadata = read_native(part)

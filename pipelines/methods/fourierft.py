@@ -19,8 +19,8 @@ from pipelines.run_options import Task
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Metadata key.
-SIZES = "fourierft_sizes_sha256"
+# Metadata keys. Earlier versions wrote no digest of the places.
+SIZES, PLACES = "fourierft_sizes_sha256", "fourierft_places_sha256"
 
 
 @dataclass
@@ -67,32 +67,43 @@ class Fourierft(PeftMethod):
 
     @classmethod
     def file_metadata(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
-        """The digest of the sizes of the layers, which the number of frequencies does not show."""
-        return {SIZES: _sizes_digest(model, adapter_name)}
+        """Digests of the sizes of the layers, which the number of frequencies does not show, and of the places."""
+        return _digests(model, adapter_name)
 
     @classmethod
     def check_loaded(cls, model: nn.Module, adapter_name: str, metadata: Mapping[str, str], source: Path) -> None:
-        """Compare the sizes of the layers.
+        """Compare the sizes of the layers and the places.
 
-        Raises: InputError if they differ.
+        Raises: InputError if the sizes differ or the file does not say them; AdapterFileError if the places differ.
         """
-        if metadata.get(SIZES) != _sizes_digest(model, adapter_name):
+        from nora_vision.files import AdapterFileError
+
+        expected = _digests(model, adapter_name)
+        if SIZES not in metadata:
+            raise InputError(
+                f"{source} does not say for which sizes of layers it was trained, which FourierFT's tensors do not show. Load it "
+                "with PEFT, or train it again here."
+            )
+        if metadata[SIZES] != expected[SIZES]:
             raise InputError(
                 f"{source} does not fit this model: its layers have other sizes. Load it onto the model that it was trained on."
             )
+        if metadata.get(PLACES, expected[PLACES]) != expected[PLACES]:
+            raise AdapterFileError(
+                f"{source}: the seed {model.peft_config[adapter_name].random_loc_seed} gives other places here than where the "
+                "adapter was saved. Use the file exported for diffusers."
+            )
 
 
-def _sizes_digest(model: nn.Module, adapter_name: str) -> str:
+def _digests(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The digests by their keys: of (out, in) of each layer, and of the places (2, c) in its spectrum."""
     from nora_vision.calibration import base_name
     from pipelines.cache import digest_of
 
     layers = {base_name(name): layer for name, layer in tuner_layers(model).items()}
-    sizes = {
-        name: torch.tensor([layer.out_features, layer.in_features])
-        for name, layer in layers.items()
-        if adapter_name in getattr(layer, "fourierft_spectrum", ())
-    }
-    return digest_of(sizes)
+    layers = {name: each for name, each in layers.items() if adapter_name in getattr(each, "fourierft_spectrum", ())}
+    sizes = {name: torch.tensor([layer.out_features, layer.in_features]) for name, layer in layers.items()}
+    return {SIZES: digest_of(sizes), PLACES: digest_of({name: layer.indices[adapter_name] for name, layer in layers.items()})}
 
 
 METHOD = Fourierft

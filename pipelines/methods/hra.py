@@ -49,6 +49,15 @@ class Hra(PeftMethod):
         """PEFT's rank."""
         return TaskDefaults(1e-3, {"rank": 8})
 
+    def misfit(self, layer: nn.Module) -> str | None:
+        """PEFT's reflections of convolutions are of square kernels without groups."""
+        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or len(set(layer.kernel_size)) != 1):
+            return (
+                f"it adapts convolutions with square kernels and without groups, got kernel_size={layer.kernel_size} and "
+                f"groups={layer.groups}. Narrow target_modules."
+            )
+        return super().misfit(layer)
+
     @classmethod
     def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Add the adapter, whose linear layers do not multiply the reflections out as PEFT's do."""

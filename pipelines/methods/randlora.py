@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
+from pipelines.errors import InputError
 from pipelines.option_checks import above_zero, at_least
 from pipelines.peft_method import LARGEST_SEED, PeftMethod
 from pipelines.run_options import Task
@@ -104,10 +105,12 @@ class Randlora(PeftMethod):
     def check_loaded(cls, model: nn.Module, adapter_name: str, metadata: Mapping[str, str], source: Path) -> None:
         """Compare A and B with the digest.
 
-        Raises: AdapterFileError if they differ.
+        Raises: InputError if there is no digest; AdapterFileError if they differ.
         """
         from nora_vision.files import AdapterFileError
 
+        if BASES not in metadata:
+            raise InputError(f"{source} has no digest of its shared random matrices. Load it with PEFT, or train it again here.")
         # Earlier versions had them in the precision of the weights.
         precisions = (torch.float32, torch.bfloat16, torch.float16)
         if metadata.get(BASES) not in [_digest(model, adapter_name, dtype) for dtype in precisions]:

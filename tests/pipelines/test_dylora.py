@@ -158,5 +158,8 @@ def test_only_ranks_of_adapters_of_dylora_are_cut(tmp_path):
     adapter_files.save({"image": other}, tmp_path / "other")
     with pytest.raises(InputError, match="is no adapter of DyLoRA: other methods do not train all smaller ranks"):
         main([str(tmp_path / "other" / "full"), "--rank", "1", "--output_dir", str(tmp_path / "out")])
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"--output_dir .*run' already has an adapter, which would be overwritten"):
+        main([str(tmp_path / "full"), "--rank", "1", "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InputError, match="There is no native adapter in"):
         main([str(tmp_path / "empty"), "--rank", "1", "--output_dir", str(tmp_path / "out")])

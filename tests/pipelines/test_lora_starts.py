@@ -495,3 +495,14 @@ def in_two_processes(rank, folder):
 
 def test_moments_are_summed_over_processes_and_a_sharded_adapter_trains_as_a_whole_one(tmp_path):
     torch.multiprocessing.start_processes(in_two_processes, (tmp_path,), nprocs=2, start_method="fork")
+
+
+def test_moments_are_exact_when_the_model_runs_in_half_precision(tmp_path):
+    layer, x = started("lora", tmp_path)["first"], inputs()
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+
+    ((_, moments),) = second_moments({"first": layer}, forward)
+    torch.testing.assert_close(moments.second, x.double().T @ x.double() / len(x), atol=1e-5, rtol=1e-6)

@@ -11,6 +11,9 @@ from pipelines import adapter_files
 from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.methods import method_named, method_names
+from pipelines.methods.fourierft import PLACES
+from pipelines.methods.randlora import BASES
+from pipelines.native_files import read_native, write_native
 from pipelines.peft_method import PeftMethod
 from pipelines.scalable_layers import ScalableLayer
 
@@ -371,3 +374,61 @@ def test_the_seed_chooses_the_frequencies_of_fourierft_and_the_matrices_of_randl
 def test_boft_trains_as_many_butterfly_factors_as_its_option_says():
     model, _ = adapted("boft")
     assert model["layer"].boft_R[ONE].shape == (2, N // TINY["block_size"], TINY["block_size"], TINY["block_size"])
+
+
+@pytest.mark.parametrize(
+    ("method", "convolution", "message"),
+    [
+        *(
+            (name, {"padding": 1, "padding_mode": "reflect"}, "pad with zeros, got padding_mode='reflect'")
+            for name in ("hra", "loha")
+        ),
+        ("hra", {"groups": 2}, r"without groups, got kernel_size=\(3, 3\) and groups=2"),
+        ("hra", {"kernel_size": (1, 3)}, r"square kernels .*, got kernel_size=\(1, 3\)"),
+    ],
+)
+def test_a_convolution_whose_output_pefts_layer_would_change_is_refused(method, convolution, message):
+    model = nn.ModuleDict({"layer": nn.Conv2d(8, 8, **{"kernel_size": 3, **convolution})})
+    with pytest.raises(ValueError, match=rf"cannot adapt 'layer': it adapts convolutions .*{message}"):
+        options(method).create().add(model, ["layer"], torch.Generator())
+
+
+def test_a_deleted_adapter_leaves_no_scale_to_a_later_one_of_its_name():
+    model, _ = adapted("loha")
+    model["layer"].set_scale(ONE, 0.5)
+    model["layer"].delete_adapter(ONE)
+    options("loha").create().add(model.float(), ["layer"], torch.Generator().manual_seed(0))
+    disturb(model, 0)
+    fresh, _ = adapted("loha")
+    torch.testing.assert_close(model["layer"](X.float()), fresh["layer"](X).float())
+
+
+def saved(method, folder, metadata):
+    """A file of an adapter of `method`, with `metadata` in place of what it says."""
+    model, _ = adapted(method)
+    method_named(method).save({"unet": model.float()}, folder, ONE)
+    part = folder / "full" / "unet"
+    files = read_native(part)
+    write_native(part, files.config, files.tensors, metadata(files.metadata))
+    return folder / "full"
+
+
+@pytest.mark.parametrize("method", ["fourierft", "randlora"])
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (lambda saved: {key: saved[key] for key in saved if not key.endswith("_sha256")}, "Load it with PEFT, or train it again"),
+        (lambda saved: {key: "0" if key in (PLACES, BASES) else saved[key] for key in saved}, "gives other"),
+    ],
+)
+def test_a_file_whose_seed_may_give_other_values_is_refused(method, metadata, message, tmp_path):
+    model = nn.ModuleDict({"layer": nn.Linear(N, M)})
+    with pytest.raises(ValueError, match=message):
+        adapter_files.load({"unet": model}, saved(method, tmp_path, metadata), "loaded")
+
+
+def test_a_file_of_fourierft_that_earlier_versions_wrote_without_places_loads(tmp_path):
+    model = nn.ModuleDict({"layer": nn.Linear(N, M)})
+    folder = saved("fourierft", tmp_path, lambda saved: {key: saved[key] for key in saved if "places" not in key})
+    adapter_files.load({"unet": model}, folder, "loaded")
+    assert len(model["layer"].fourierft_spectrum["loaded"]) == TINY["n_frequency"]
