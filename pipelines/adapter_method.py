@@ -18,7 +18,7 @@ from torch import nn
 from pipelines.adapter_checks import PEFT_ERRORS, check_rank, check_ranks_of_file, check_targets, check_tensors
 from pipelines.errors import InputError
 from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, read_native, write_native
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ class LowRankOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         above_zero(self, "alpha")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
+        below_one(self, "dropout")
 
 
 class AdapterMethod:

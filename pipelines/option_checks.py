@@ -23,6 +23,14 @@ def above_zero(options: object, *names: str) -> None:
             raise InputError(f"{name} must be above 0, got {value}.")
 
 
+def below_one(options: object, *names: str) -> None:
+    """Raise InputError if one of the fields `names` of `options`, a probability, is not in [0, 1)."""
+    for name in names:
+        value = getattr(options, name)
+        if not 0 <= value < 1:
+            raise InputError(f"{name} must be in [0, 1), got {value}.")
+
+
 def within(options: object, least: float, most: float, *names: str) -> None:
     """Raise InputError if one of the fields `names` of `options` is not in [`least`, `most`]."""
     for name in names:

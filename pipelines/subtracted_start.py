@@ -79,6 +79,10 @@ class SubtractedStart(AdapterMethod):
         for name, statistic in self.statistics(layers, probe):
             layer = layers[name]
             rank = self.usable_rank(layer.r[adapter_name], *matrix_shape(layer))
+            if rank == 0:
+                raise InputError(
+                    f"{self.title} cannot adapt {name!r}, whose weight is a vector. Remove it from the target modules."
+                )
             with seeded(probe.generator):
                 copied = unfolded(layer, rank, layer.scaling[adapter_name], adapter_name)
                 self.initialise(copied, adapter_name, statistic)

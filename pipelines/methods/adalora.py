@@ -15,7 +15,7 @@ from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining
 from pipelines.errors import InputError
 from pipelines.lora_conversion import add_as_lora
 from pipelines.native_files import FULL, METHOD_KEY, NativeFiles, read_native, write_native
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.run_options import Task
 from pipelines.scalable_layers import expose_convolution
 
@@ -65,8 +65,7 @@ class AdaLoraOptions:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         at_least(self, 0, "orth_reg_weight")
         above_zero(self, "alpha")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
+        below_one(self, "dropout")
 
     def _check_schedule(self) -> None:
         for name in ("tinit_ratio", "tfinal_ratio"):

@@ -166,7 +166,7 @@ class NoraOptions:
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "rank")
+        at_least(self, 1, "rank", "inner_r")
         at_least(self, 0, "gradient_batches")
         at_least(self, 1, "parameter_budget")
         above_zero(self, "lora_plus_ratio")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
-from pipelines.option_checks import at_least
+from pipelines.option_checks import at_least, below_one
 from pipelines.peft_method import PeftMethod
 from pipelines.run_options import Task
 
@@ -34,6 +34,7 @@ class PsoftOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
+        below_one(self, "dropout")
 
 
 class Psoft(PeftMethod):

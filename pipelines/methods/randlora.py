@@ -14,7 +14,7 @@ from torch import nn
 
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.peft_method import LARGEST_SEED, PeftMethod
 from pipelines.run_options import Task
 
@@ -37,6 +37,7 @@ class RandloraOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         above_zero(self, "alpha")
+        below_one(self, "dropout")
 
 
 class Randlora(PeftMethod):

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.adapter_method import TaskDefaults, option
-from pipelines.errors import InputError
-from pipelines.option_checks import at_least
+from pipelines.option_checks import at_least, below_one, within
 from pipelines.run_options import Task
 from pipelines.shared_state import SharedStateMethod
 
@@ -35,9 +34,8 @@ class TinyLoraOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         at_least(self, 1, "u")
-        for name in ("weight_tying", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        within(self, 0, 1, "weight_tying")
+        below_one(self, "dropout")
 
 
 class TinyLora(SharedStateMethod):

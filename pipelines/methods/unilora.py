@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from pipelines.adapter_method import TaskDefaults, option
-from pipelines.errors import InputError
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.run_options import Task
 from pipelines.shared_state import SharedStateMethod
 
@@ -36,8 +35,7 @@ class UniLoraOptions:
         at_least(self, 1, "rank")
         at_least(self, 1, "theta_d_length")
         above_zero(self, "init_theta_d_bound")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
+        below_one(self, "dropout")
 
 
 class UniLora(SharedStateMethod):

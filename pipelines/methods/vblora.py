@@ -11,7 +11,7 @@ from torch import nn
 
 from pipelines.adapter_method import TaskDefaults, option
 from pipelines.errors import InputError
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.peft_method import targeted_layers
 from pipelines.run_options import Task
 from pipelines.shared_state import SharedStateMethod
@@ -50,8 +50,7 @@ class VbLoraOptions:
         if self.topk > self.num_vectors:
             raise InputError(f"topk must be at most num_vectors={self.num_vectors}, got {self.topk}.")
         above_zero(self, "init_vector_bank_bound")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
+        below_one(self, "dropout")
 
 
 class VbLora(SharedStateMethod):

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipelines.adapter_method import Probe, TaskDefaults, option
 from pipelines.errors import InputError
-from pipelines.option_checks import at_least
+from pipelines.option_checks import at_least, below_one
 from pipelines.peft_method import LARGEST_SEED
 from pipelines.run_options import Task
 from pipelines.shared_state import SharedStateMethod
@@ -34,8 +34,7 @@ class VeraOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
+        below_one(self, "dropout")
         if self.d_initial == 0:
             raise InputError("d_initial must not be 0: no parameter would get a gradient. PEFT's default is 0.1.")
 

@@ -22,6 +22,7 @@ from pipelines.errors import InputError
 from pipelines.methods import method_named
 from pipelines.methods.eva import allocated_ranks
 from pipelines.methods.lora import PlainLoraOptions
+from pipelines.methods.lora_ga import LoraGa, LoraGaOptions
 from pipelines.second_moments import second_moments
 
 RANK, ALPHA, OUT, IN = 2, 3.0, 6, 5
@@ -363,6 +364,18 @@ def test_training_without_a_start_is_an_error_and_not_plain_lora(name):
     method.add(model, ["first", "second"], torch.Generator())
     with pytest.raises(ValueError, match=r"has not been started .*Call start before training"):
         method.training([model], 10)
+
+
+def test_lora_ga_refuses_a_weight_with_a_single_row_by_its_name(tmp_path):
+    model, method = nn.ModuleDict({"layer": nn.Linear(8, 1)}), LoraGa(LoraGaOptions(rank=1))
+    method.add(model, ["layer"], torch.Generator())
+
+    def losses(count):
+        yield model["layer"](torch.ones(8)).square().sum()
+
+    probe = Probe(lambda: None, losses, torch.Generator(), tmp_path / "cache")
+    with pytest.raises(InputError, match="LoRA-GA cannot adapt 'layer', whose weight is a vector"):
+        method.start(model, probe, ADAPTER_NAME)
 
 
 def test_rows_that_a_gradient_does_not_determine_start_as_in_lora(tmp_path):

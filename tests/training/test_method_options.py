@@ -109,6 +109,10 @@ def test_the_flag_of_a_rank_is_named_where_it_is_not_called_rank(capsys):
         (["corda", "--corda_method", "both"], "corda_method must be one of ipm, kpm, got 'both'"),
         (["lora", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
         (["lora", "--alpha", "0"], "alpha must be above 0, got 0.0"),
+        (["psoft", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
+        (["randlora", "--dropout", "-1"], "dropout must be in [0, 1), got -1.0"),
+        (["tinylora", "--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
+        (["nora", "--inner_r", "-1"], "inner_r must be at least 1, got -1"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused_before_a_model_is_loaded(flags, message, capsys):
