@@ -186,3 +186,9 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
     verify(pipeline, adapter_name, path)
     method = method_of(next(iter(components.values())).peft_config[adapter_name])
     return list(dict.fromkeys(sentence for model in components.values() for sentence in method.conflicts(model, adapter_name)))
+
+
+def allows_any_scale(pipeline: StableDiffusionXLPipeline, adapter_name: str) -> bool:
+    """Whether the change of an adapter on the pipeline can have any scale, not only 1."""
+    configs = [(getattr(getattr(pipeline, name), "peft_config", None) or {}).get(adapter_name) for name in COMPONENTS]
+    return all(method_of(config).allows_any_scale(config) for config in configs if config is not None)

@@ -1,11 +1,17 @@
 """DoRA against its equation, and the base weight under it."""
 
+import pytest
 import torch
+from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
+from pipelines import adapter_files
 from pipelines.adapter_method import ADAPTER_NAME, Probe, adapters_off, trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.methods.dora import Dora
 from pipelines.methods.lora import LoraOptions
+from pipelines.subject import adapters
+from pipelines.subject.generate import load_adapters
 
 OUT, IN, RANK, ALPHA = 6, 5, 2, 3.0
 
@@ -64,3 +70,18 @@ def test_the_change_depends_on_the_base_weight_so_that_fusing_another_adapter_ch
         change = adapted_weight(layer) - layer.get_base_layer().weight
         assert (change - before).norm() > 0.1 * before.norm()
         torch.testing.assert_close(layer(x), x @ adapted_weight(layer).T + layer.get_base_layer().bias)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_a_scale_that_the_row_norms_do_not_have_is_said(method, scale, tmp_path, caplog):
+    trained, fresh = tiny_pipeline(), tiny_pipeline()
+    components = adapters.attach(trained, AdapterOptions(method, rank=RANK))
+    disturb(components["unet"])
+    adapter_files.save(components, tmp_path)
+    base = image(fresh)
+    load_adapters(fresh, [str(tmp_path / "full")], [scale])
+    said = "has trained norms of rows, which have no scale" in caplog.text
+    assert said == (method == "dora" and scale != 1)
+    if scale == 0:
+        assert torch.allclose(image(fresh), base, atol=1e-4) != said
