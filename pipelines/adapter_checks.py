@@ -76,7 +76,11 @@ def check_ranks_of_file(model: nn.Module, config: PeftConfig, tensors: Mapping[s
     sizes = [side for tensor in tensors.values() for side in tensor.shape]
     sizes += [side for _, layer in targeted_layers(model, config) for side in matrix_size(layer) or ()]
     largest = max(sizes, default=1)
-    for rank in (getattr(config, "r", 1), *(getattr(config, "rank_pattern", None) or {}).values()):
+    for rank in (
+        getattr(config, "r", 1),
+        getattr(config, "hybrid_r", 0),
+        *(getattr(config, "rank_pattern", None) or {}).values(),
+    ):
         if type(rank) is not int or rank > largest:
             raise ValueError(f"its ranks must be integers up to {largest}, the largest side of its tensors, got {rank!r}.")
 

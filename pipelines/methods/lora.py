@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Added to the diagonal of A A^T before it is inverted.
 DAMPING = 1e-8
+# PEFT's starts that leave the base weights as they are.
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
@@ -80,6 +82,19 @@ class Lora(AdapterMethod):
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""
         return lora_config(self.options, target_modules, exclude_modules, self.options.use_rslora)
+
+    @classmethod
+    def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Add the adapter.
+
+        Raises: ValueError for a file of PEFT whose start PEFT would subtract from the base weights, for all other adapters too.
+        """
+        if config.init_lora_weights not in STARTS:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} would change the base weights. Convert the adapter with PEFT's "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            )
+        super().inject(model, config, adapter_name)
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
         """Add the adapter; with LoRA-FA, A is frozen."""

@@ -132,6 +132,20 @@ def test_a_rank_of_one_layer_in_a_file_is_checked_too(tmp_path):
         adapter_files.load({"unet": linear()}, file_of("lora", tmp_path, rank_pattern={"layer": HUGE}), "loaded")
 
 
+def test_the_rank_of_the_second_part_of_gralora_is_checked_too(tmp_path):
+    with pytest.raises(InputError, match=rf"its ranks must be integers up to {M}.*got {HUGE}"):
+        adapter_files.load({"unet": linear()}, file_of("gralora", tmp_path, hybrid_r=HUGE), "loaded")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_file_of_peft_whose_start_would_change_the_base_weights_is_refused(start, tmp_path):
+    model, folder = linear(), file_of("lora", tmp_path, init_lora_weights=start)
+    before = model["layer"].weight.clone()
+    with pytest.raises(InputError, match=rf"init_lora_weights='{start}' would change the base weights. Convert the adapter"):
+        adapter_files.load({"unet": model}, folder, "loaded")
+    assert torch.equal(model["layer"].weight, before)
+
+
 @pytest.mark.parametrize("rank", [-1, 0, "4"])
 def test_the_initial_rank_in_a_file_of_adalora_must_be_a_positive_integer(rank, tmp_path):
     with pytest.raises((InputError, AdapterFileError), match=r"init_r must be an integer of at least 1"):
