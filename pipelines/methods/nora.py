@@ -251,10 +251,12 @@ class Nora(AdapterMethod):
 
     @property
     def without_effect(self) -> frozenset[str]:
-        """The options of gradients that are not computed, and the rank if `parameter_budget` chooses it."""
+        """Options of gradients that are not computed, a rank that `parameter_budget` chooses, and those of factors not there."""
         has_budget, basis = self.options.parameter_budget is not None, self.options.basis
         unused = {
             "rank": has_budget,
+            "inner_r": self.options.inner_form in ("full", "block_diagonal") and self.options.alpha is None,
+            "lora_plus_ratio": self.options.inner_form in ("full", "block_diagonal", "a_side"),
             "gradient_batches": basis == "weight" and not has_budget,
             "gradient_share": basis != "mixed",
             "gradient_scale": basis == "weight",
