@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# The pattern of the layers of a text encoder that SDXL does not use.
+EXCLUDED_LAYER = re.compile(r"\.\*layers\\\.\d+\\\.\.\*")
 FULL, COMPACT = "full", "compact"
 # The key in the header for the name of the method; a PEFT type may be used by several methods.
 METHOD_KEY = "nora_vision_method"
@@ -49,19 +52,39 @@ def write_native(
 def read_native(folder: Path) -> NativeFiles:
     """Read what `write_native` wrote.
 
-    Raises: AdapterFileError if a file was changed after it was saved, or PEFT refuses the configuration.
+    Raises: AdapterFileError if a file was changed after it was saved, its names are regular
+        expressions, or PEFT refuses the configuration.
     """
     from peft import PeftConfig
 
     from nora_vision.files import AdapterFileError, check_configuration, read_json, read_tensors
 
-    metadata = read_metadata(folder)
-    check_configuration(metadata, read_json(folder / CONFIG), folder)
+    metadata, fields = read_metadata(folder), read_json(folder / CONFIG)
+    check_configuration(metadata, fields, folder)
+    _check_names(fields, folder / CONFIG)
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder / CONFIG} is not a valid configuration: {error}") from error
     return NativeFiles(config, read_tensors(folder / WEIGHTS, dtypes=_dtypes()), metadata)
+
+
+def _check_names(fields: Mapping[str, Any], path: Path) -> None:
+    """Refuse names that PEFT would match as regular expressions, some of which take exponential time.
+
+    Raises: AdapterFileError naming the field.
+    """
+    from nora_vision.files import PLAIN_NAME, AdapterFileError
+
+    for field, value in fields.items():
+        if not field.endswith(("_modules", "_pattern")) or value is None or EXCLUDED_LAYER.fullmatch(str(value)):
+            continue
+        names = value if isinstance(value, (list, dict)) else [value]
+        wrong = [name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)]
+        if wrong or isinstance(value, str):
+            raise AdapterFileError(
+                f"{path}: {field} must list plain names, got {(wrong or [value])[0]!r}. Write the layers' names."
+            )
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

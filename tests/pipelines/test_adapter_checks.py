@@ -137,6 +137,21 @@ def test_the_rank_of_the_second_part_of_gralora_is_checked_too(tmp_path):
         adapter_files.load({"unet": linear()}, file_of("gralora", tmp_path, hybrid_r=HUGE), "loaded")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(a+)+$|layer"},
+        {"target_modules": ["layer", "(a+)+$"]},
+        {"exclude_modules": "(a+)+$"},
+        {"rank_pattern": {"(a+)+$": 4}},
+        {"layers_pattern": "(a+)+$"},
+    ],
+)
+def test_a_regular_expression_in_a_file_is_refused(fields, tmp_path):
+    with pytest.raises(AdapterFileError, match=rf"{next(iter(fields))} must list plain names, got '\(a\+\)"):
+        adapter_files.load({"unet": linear()}, file_of("lora", tmp_path, **fields), "loaded")
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_file_of_peft_whose_start_would_change_the_base_weights_is_refused(start, tmp_path):
     model, folder = linear(), file_of("lora", tmp_path, init_lora_weights=start)
