@@ -74,17 +74,19 @@ def _check_names(fields: Mapping[str, Any], path: Path) -> None:
 
     Raises: AdapterFileError naming the field.
     """
-    from nora_vision.files import PLAIN_NAME, AdapterFileError
+    from nora_vision.files import AdapterFileError
 
     for field, value in fields.items():
-        if not field.endswith(("_modules", "_pattern")) or value is None or EXCLUDED_LAYER.fullmatch(str(value)):
-            continue
-        names = value if isinstance(value, (list, dict)) else [value]
-        wrong = [name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)]
-        if wrong or isinstance(value, str):
-            raise AdapterFileError(
-                f"{path}: {field} must list plain names, got {(wrong or [value])[0]!r}. Write the layers' names."
-            )
+        if field.endswith(("_modules", "_pattern")) and value is not None and not _are_plain_names(value):
+            raise AdapterFileError(f"{path} is not a valid configuration: {field} must list plain names, got {value!r:.200}.")
+
+
+def _are_plain_names(value: Any) -> bool:
+    from nora_vision.files import PLAIN_NAME
+
+    if not isinstance(value, (list, dict)):
+        return EXCLUDED_LAYER.fullmatch(str(value)) is not None
+    return all(isinstance(name, str) and PLAIN_NAME.fullmatch(name) for name in value)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

@@ -148,7 +148,7 @@ def test_the_rank_of_the_second_part_of_gralora_is_checked_too(tmp_path):
     ],
 )
 def test_a_regular_expression_in_a_file_is_refused(fields, tmp_path):
-    with pytest.raises(AdapterFileError, match=rf"{next(iter(fields))} must list plain names, got '\(a\+\)"):
+    with pytest.raises(AdapterFileError, match=rf"{next(iter(fields))} must list plain names, got .*\(a\+\)"):
         adapter_files.load({"unet": linear()}, file_of("lora", tmp_path, **fields), "loaded")
 
 
