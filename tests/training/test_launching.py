@@ -148,6 +148,9 @@ def assert_same_run(split, one):
     for checkpoint in (0, 1):
         assert_close(parameters(split, checkpoint), parameters(one, checkpoint))
         states = [torch.load(list_checkpoints(run.checkpoints)[checkpoint] / "state.pt") for run in (split, one)]
+        # `assert_close` compares no strings.
+        decompositions = [state["method"].pop("decomposition") for state in states]
+        assert decompositions[0] == decompositions[1]
         torch.testing.assert_close(*states, rtol=0, atol=1e-4)
     for name in ("loss", "heldout_loss", "seen_loss", "subject_score"):
         curves = [[line.values[name] for line in run.metrics() if name in line.values] for run in (split, one)]
