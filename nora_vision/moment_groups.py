@@ -66,7 +66,7 @@ def calibrate_in_groups(
     """
     group_bytes = GROUP_BYTES if group_bytes is None else group_bytes
     groups = _groups(model, weighting, group_bytes)
-    if len(groups) == 1:
+    if len(groups) <= 1:
         return calibrate(model, run_model, weighting=weighting)
     logger.info(
         f"The weighting {weighting!r} needs more than {group_bytes / 2**30:.3g} GiB of activation statistics, so the calibration "
@@ -97,14 +97,19 @@ def _stored(file: Path, names: Sequence[str], weighting: str) -> ActivationStati
 
 def _groups(model: nn.Module, weighting: str, group_bytes: int) -> list[list[str]]:
     """The names of the NoRA layers in groups whose moments have at most `group_bytes`, or of one layer."""
-    groups: list[list[str]] = [[]]
-    total = 0
-    for name, layer in nora_layers(unwrapped(model)).items():
-        kind = MOMENTS.get(weighting)
-        size = 0 if kind is None else empty_moments(kind, layer.in_features, torch.device("meta")).nbytes
-        if groups[-1] and total + size > group_bytes:
+    kind = MOMENTS.get(weighting)
+    sizes = {
+        base_name(name): 0 if kind is None else empty_moments(kind, layer.in_features, torch.device("meta")).nbytes
+        for name, layer in nora_layers(unwrapped(model)).items()
+    }
+    return grouped(sizes, group_bytes)
+
+
+def grouped(sizes: Mapping[str, int], group_bytes: int) -> list[list[str]]:
+    """Consecutive names of `sizes`, in bytes, in groups of at most `group_bytes` together, or of one name."""
+    groups: list[list[str]] = []
+    for name, size in sizes.items():
+        if not groups or sum(sizes[each] for each in groups[-1]) + size > group_bytes:
             groups.append([])
-            total = 0
-        groups[-1].append(base_name(name))
-        total += size
+        groups[-1].append(name)
     return groups

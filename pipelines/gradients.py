@@ -44,7 +44,11 @@ def mean_gradients(
     Returns: name and gradient, (out, in) or (out, in * kh * kw) float32.
     Raises: ValueError naming a weight whose gradient is not finite.
     """
-    for group in _groups(weights, group_bytes):
+    from nora_vision.moment_groups import grouped
+
+    # Sums are float32.
+    for names in grouped({name: 4 * weight.numel() for name, weight in weights.items()}, group_bytes):
+        group = {name: weights[name] for name in names}
         sums = _mean_gradients(group, losses, count)
         for name in group:
             gradient = sums.pop(name).flatten(1)
@@ -53,18 +57,6 @@ def mean_gradients(
                     f"The gradient of {name!r} at the pretrained weights is not finite. Train in bf16, or in full precision."
                 )
             yield name, gradient
-
-
-def _groups(weights: Mapping[str, nn.Parameter], group_bytes: int) -> Iterator[dict[str, nn.Parameter]]:
-    """Consecutive parts of `weights` whose float32 gradients have at most `group_bytes`, or of one weight."""
-    group: dict[str, nn.Parameter] = {}
-    for name, weight in weights.items():
-        if group and 4 * sum(each.numel() for each in (*group.values(), weight)) > group_bytes:
-            yield group
-            group = {}
-        group[name] = weight
-    if group:
-        yield group
 
 
 def _mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: int) -> dict[str, torch.Tensor]:

@@ -44,33 +44,20 @@ def second_moments(
         group_bytes: bytes of the sums of one group, which has at least one layer.
     Raises: ValueError if `forward` is missing, or naming a layer that it does not reach or whose inputs are not finite.
     """
+    from nora_vision.moment_groups import grouped
+
     if forward is None:
         raise ValueError("This method is initialised from activations of the base model, but no function to run it was given.")
-    for group in _groups(layers, group_bytes):
-        sums = {name: _Sums(layer) for name, layer in group.items()}
+    for names in grouped({name: 8 * _inputs(layer) ** 2 for name, layer in layers.items()}, group_bytes):
+        sums = {name: _Sums(layers[name]) for name in names}
         with ExitStack() as stack:
             stack.enter_context(adapters_off(layers.values()))
-            for name, layer in group.items():
-                stack.callback(layer.register_forward_pre_hook(sums[name].add).remove)
+            for name in names:
+                stack.callback(layers[name].register_forward_pre_hook(sums[name].add).remove)
             stack.enter_context(torch.no_grad())
             forward()
-        for name in group:
+        for name in names:
             yield name, sums.pop(name).moments(name)
-
-
-def _groups(layers: Mapping[str, LoraLayer], group_bytes: int) -> Iterator[dict[str, LoraLayer]]:
-    """Consecutive parts of `layers` whose sums have at most `group_bytes`, or of one layer."""
-    group: dict[str, LoraLayer] = {}
-    size = 0
-    for name, layer in layers.items():
-        needed = 8 * _inputs(layer) ** 2
-        if group and size + needed > group_bytes:
-            yield group
-            group, size = {}, 0
-        group[name] = layer
-        size += needed
-    if group:
-        yield group
 
 
 def _inputs(layer: LoraLayer) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 # Metadata keys. Earlier versions wrote no digest of the places.
-SIZES, PLACES = "fourierft_sizes_sha256", "fourierft_places_sha256"
+SIZES, INDICES = "fourierft_sizes_sha256", "fourierft_places_sha256"
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Fourierft(PeftMethod):
             raise InputError(
                 f"{source} does not fit this model: its layers have other sizes. Load it onto the model that it was trained on."
             )
-        if metadata.get(PLACES, expected[PLACES]) != expected[PLACES]:
+        if metadata.get(INDICES, expected[INDICES]) != expected[INDICES]:
             raise AdapterFileError(
                 f"{source}: the seed {model.peft_config[adapter_name].random_loc_seed} gives other places here than where the "
                 "adapter was saved. Use the file exported for diffusers."
@@ -103,7 +103,7 @@ def _digests(model: nn.Module, adapter_name: str) -> dict[str, str]:
     layers = {base_name(name): layer for name, layer in tuner_layers(model).items()}
     layers = {name: each for name, each in layers.items() if adapter_name in getattr(each, "fourierft_spectrum", ())}
     sizes = {name: torch.tensor([layer.out_features, layer.in_features]) for name, layer in layers.items()}
-    return {SIZES: digest_of(sizes), PLACES: digest_of({name: layer.indices[adapter_name] for name, layer in layers.items()})}
+    return {SIZES: digest_of(sizes), INDICES: digest_of({name: layer.indices[adapter_name] for name, layer in layers.items()})}
 
 
 METHOD = Fourierft

@@ -11,7 +11,7 @@ from pipelines import adapter_files
 from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.methods import method_named, method_names
-from pipelines.methods.fourierft import PLACES
+from pipelines.methods.fourierft import INDICES
 from pipelines.methods.randlora import BASES
 from pipelines.native_files import read_native, write_native
 from pipelines.peft_method import PeftMethod
@@ -418,7 +418,7 @@ def saved(method, folder, metadata):
     ("metadata", "message"),
     [
         (lambda saved: {key: saved[key] for key in saved if not key.endswith("_sha256")}, "Load it with PEFT, or train it again"),
-        (lambda saved: {key: "0" if key in (PLACES, BASES) else saved[key] for key in saved}, "gives other"),
+        (lambda saved: {key: "0" if key in (INDICES, BASES) else saved[key] for key in saved}, "gives other"),
     ],
 )
 def test_a_file_whose_seed_may_give_other_values_is_refused(method, metadata, message, tmp_path):
