@@ -14,7 +14,7 @@ from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.measured import adapter_at, saved_steps
 from webui import uploads
-from webui.views import RunView, views
+from webui.runs import RunView, views
 from webui.workspace import Workspace
 
 FILE = "file"

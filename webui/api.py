@@ -18,10 +18,9 @@ from gradio.utils import get_upload_folder
 from pipelines.errors import InputError
 from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
-from webui.app_context import AppContext
-from webui.errors import show_errors
+from webui.context import AppContext, show_errors
 from webui.generation_requests import GUIDANCE_SCALE, STEPS, GenerationRequest, integer, number
-from webui.views import RunView, views
+from webui.runs import RunView, views
 from webui.workspace import Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")

@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.fewshot_files import FewShotReport, ImagePrediction, PredictionFile, TrialResult
 from training.runs.record import RunRecord
-from webui.views import read_cached
+from webui.runs import read_cached
 
 ZERO_SHOT, CONTROL = "zeroshot", "pixels"
 

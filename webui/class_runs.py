@@ -16,14 +16,14 @@ from pipelines.errors import InputError
 from pipelines.text_files import write_text_atomically
 from training.runs.record import RunRecord
 from webui import class_presets, class_sets, panel
-from webui.app_context import AppContext
 from webui.class_results import named_source, result_of
 from webui.class_sets import SPLIT
+from webui.context import AppContext
 from webui.draft import Options, merged
 from webui.image_datasets import add_class, read_set
 from webui.labelled_classes import EXAMPLE
+from webui.runs import RunView, views
 from webui.uploads import add_images
-from webui.views import RunView, views
 from webui.workspace import Workspace
 
 NEW_RUN = "NEW-RUN"

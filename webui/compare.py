@@ -13,7 +13,7 @@ from training.runs.run_files import Suggestion
 from webui import images
 from webui.curves import Series, plot, running_mean
 from webui.figures import SCORES, accuracies, in_percent, method_name, series
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 # The style sheet has four colours for curves.

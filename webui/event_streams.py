@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from webui.app_context import QUIET
+from webui.context import QUIET
 
 # For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
 SCRIPT = Path(__file__).with_suffix(".js").read_text()

@@ -13,7 +13,7 @@ from training.runs.fewshot_files import FewShotReport, MethodSummary
 from training.runs.run_files import Suggestion
 from webui import class_html
 from webui.curves import Point
-from webui.views import RunView
+from webui.runs import RunView
 
 # The displayed training loss is the mean over this many steps.
 LAST_STEPS = 16

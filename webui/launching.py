@@ -28,9 +28,9 @@ from pipelines.run_file import ResolvedOptions
 from training.runs import run_requests
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch
+from training.runs.run_log import LOG, START, log_tail
 from training.runs.waiting import QUEUE
-from webui.run_log import LOG, START, log_tail
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 __all__ = ["ask", "command", "delete", "duplicate", "log_tail", "resume", "shown_command", "start", "start_dry_run", "stop"]

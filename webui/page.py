@@ -8,9 +8,8 @@ import gradio as gr
 
 from webui import event_streams
 from webui.api import build_api
-from webui.app_context import EMPTY_DRAFT, POLL_SECONDS, AppContext, followed
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
-from webui.errors import show_errors
+from webui.context import EMPTY_DRAFT, POLL_SECONDS, AppContext, followed, show_errors
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
 

@@ -17,9 +17,8 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
-from webui.app_context import QUIET, AppContext
+from webui.context import QUIET, AppContext, show_errors
 from webui.draft import Options, merged
-from webui.errors import show_errors
 from webui.presets import Preset, preset_named
 from webui.workspace import Workspace
 

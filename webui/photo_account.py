@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from training.runs.run_files import ImageChecks
 from webui.cards import escaped
-from webui.views import RunView
+from webui.runs import RunView
 
 
 def photo_account(view: RunView) -> str:

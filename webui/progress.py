@@ -12,7 +12,7 @@ from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, GB, DryRun
 from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import heldout_curve
 from webui.curves import Point, Series, plot, running_mean
-from webui.views import RunView
+from webui.runs import RunView
 
 PHASES = {
     "loading": "Loading the model",

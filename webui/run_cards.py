@@ -10,7 +10,7 @@ from pathlib import Path
 from webui import images
 from webui.figures import figures
 from webui.progress import duration, phase_title
-from webui.views import RunView
+from webui.runs import RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
 <p>Train on your photos under Photos, or on classes of images under Classify. Runs started in a terminal appear here

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
 from webui import costs, panel, presets
-from webui.app_context import AppContext
+from webui.context import AppContext
 from webui.draft import Draft, Options, check_words, merged
 from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace

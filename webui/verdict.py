@@ -11,7 +11,7 @@ from training.runs.run_files import COPY_THRESHOLD, Certificate, Point, StepScor
 from training.subject.measured import heldout_curve, sample_scores
 from webui.curves import Series, plot
 from webui.images import Sample, address, sampled_steps, samples, subject, thumbnail
-from webui.views import RunView
+from webui.runs import RunView
 
 READ_LOSS = (
     "Validation loss is measured on a photo that is not trained on. If it rises while the training loss keeps falling, the model "

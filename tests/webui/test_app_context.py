@@ -33,7 +33,7 @@ def test_building_the_page_causes_no_warning_of_gradio(workspace):
 
 
 def test_no_event_has_two_listeners_in_the_mode_always_last(page):
-    """Gradio would call them in turn endlessly (see `webui.app_context.followed`)."""
+    """Gradio would call them in turn endlessly (see `webui.context.followed`)."""
     last = Counter(
         target for fn in page.fns.values() if fn.trigger_mode == "always_last" for target in fn.targets if fn.fn is not None
     )

@@ -2,8 +2,8 @@
 
 from run_folders import run_in
 
+from webui.runs import RunView
 from webui.screens.use_files import _of_layout
-from webui.views import RunView
 
 
 def test_only_lora_files_of_a_method_that_is_no_lora_are_called_approximations(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from processes import apart
 
 from pipelines.errors import InputError
-from webui.errors import show_errors
+from webui.context import show_errors
 
 
 def returning(error):

@@ -13,9 +13,9 @@ from training.runs.run_files import Certificate
 from training.subject.measured import adapter_at
 from webui import verdict
 from webui.page import build_page
+from webui.runs import RunView
 from webui.screens.judge import parts, selection_of
 from webui.settings import Settings
-from webui.views import RunView
 from webui.workspace import Workspace
 
 CERTIFICATE = Certificate(True, {}, {}, 1.0, 1.0, [], [], [], {}, "float32", "cpu").to_json()

@@ -17,9 +17,9 @@ from pipelines.errors import InputError
 from training.runs import run_requests
 from training.runs.record import RunRecord, update_status
 from training.runs.run_files import Launch
+from training.runs.run_log import LOG, last_error
 from webui import launching
-from webui.run_log import LOG, last_error
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from webui.image_dataset import SubjectDataset
 from webui.image_datasets import read_set
 from webui.photo_account import photo_account
 from webui.photo_uploads import add_photos
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 

@@ -13,9 +13,9 @@ from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import Interval
 from webui import run_cards, work
 from webui.compare import OTHER_IMAGES, Compared
+from webui.runs import RunView
 from webui.screens.runs import class_draft_like, draft_like
 from webui.screens.runs_compare import NO_ADAPTER, generated_with_all
-from webui.views import RunView
 from webui.workspace import Workspace
 
 PATIENCE = 120_000

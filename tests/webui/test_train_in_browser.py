@@ -14,7 +14,7 @@ from stand_in_trainer import TOTAL, UNTIL
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from webui import launching
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 PATIENCE = 120_000

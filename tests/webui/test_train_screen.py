@@ -8,14 +8,14 @@ import pytest
 from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, finished_run, measure, run_in
 
 from training.runs.record import RunRecord
+from training.runs.run_log import LOG
 from webui import progress
-from webui.lazy_updates import updates
+from webui.context import updates
 from webui.page import build_page
 from webui.progress import duration, plain_error
-from webui.run_log import LOG
+from webui.runs import RunView
 from webui.screens.train import BUTTONS, parts, view_of
 from webui.settings import Settings
-from webui.views import RunView
 from webui.workspace import Workspace
 
 STATES = ["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]

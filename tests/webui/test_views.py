@@ -15,14 +15,14 @@ from pipelines.fewshot.metric_values import Interval
 from training.runs import run_requests
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch, RunStatus
+from training.runs.run_log import LOG, ended_by, last_error
 from training.runs.waiting import QUEUE, Ticket
 from webui import verdict
 from webui.figures import figures, series
 from webui.progress import head, losses
 from webui.run_cards import cards, image_of
-from webui.run_log import LOG, ended_by, last_error
+from webui.runs import ACTIONS, RunView, views
 from webui.screens.runs import parts
-from webui.views import ACTIONS, RunView, views
 from webui.workspace import Workspace
 
 KILLED = "subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGKILL: 9>.\n"

@@ -13,10 +13,9 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from webui import costs, panel, presets, subject_runs
-from webui.app_context import QUIET, AppContext
 from webui.cards import escaped
+from webui.context import QUIET, AppContext, show_errors
 from webui.draft import SCENES, TRIGGER, Draft
-from webui.errors import show_errors
 from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 

@@ -13,10 +13,9 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_sets
-from webui.app_context import QUIET
 from webui.class_html import class_cards, share
 from webui.class_runs import ClassifyContext, check_free, set_of
-from webui.errors import show_errors
+from webui.context import QUIET, show_errors
 from webui.image_datasets import add_class, delete_set, move_image, remove_class, remove_image, rename_class
 from webui.labelled_classes import EXAMPLE, LabelledClasses
 from webui.settings import Settings

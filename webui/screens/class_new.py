@@ -13,10 +13,9 @@ from pipelines.errors import InputError
 from pipelines.fewshot.sources import ImageFile
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_files, class_html, class_runs
-from webui.app_context import QUIET
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
-from webui.errors import show_errors
+from webui.context import QUIET, show_errors
 from webui.thumbnails import image
 
 MOST = 100

@@ -8,11 +8,10 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import class_files, class_html, class_runs
-from webui.app_context import QUIET
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
-from webui.errors import show_errors
-from webui.views import RunView
+from webui.context import QUIET, show_errors
+from webui.runs import RunView
 
 EMPTY = "<p class='empty'>No classifier yet. Train one first.</p>"
 WAITING = "<p class='empty'>This classifier is {state}. Its result appears here when it is done.</p>"

@@ -9,12 +9,11 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import class_presets, class_runs, class_sets, panel, progress
-from webui.app_context import QUIET
 from webui.class_runs import ClassifyContext, set_of
-from webui.errors import show_errors
+from webui.context import QUIET, show_errors
 from webui.labelled_classes import LabelledClasses
 from webui.presets import Preset, preset_named
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 NOTHING = "<p class='empty'>No runs yet. Start one above: the example takes a minute or two.</p>"

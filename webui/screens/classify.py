@@ -8,11 +8,10 @@ from typing import Any
 import gradio as gr
 
 from webui import class_runs
-from webui.app_context import QUIET, AppContext, followed
 from webui.class_runs import ClassifyContext
-from webui.errors import show_errors
+from webui.context import QUIET, AppContext, followed, show_errors
+from webui.runs import RunView
 from webui.screens import class_images, class_new, class_result, class_train
-from webui.views import RunView
 
 PARTS = {
     "pictures": ("1 Images", class_images),

@@ -11,12 +11,10 @@ import gradio as gr
 from training.subject.measured import saved_steps
 from webui import verdict
 from webui.adapters import steps_of
-from webui.app_context import AppContext
-from webui.errors import show_errors
+from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
 from webui.images import enlarged, sampled_steps, samples
-from webui.lazy_updates import LazyUpdate, button, frame, keys, lazy_text, text, updates
+from webui.runs import RunView
 from webui.screens.train import view_of
-from webui.views import RunView
 
 EMPTY = """<div class="empty"><p><b>There are no results yet.</b></p><p>Once a run has started, its sample images appear here
 side by side with the scores of each step.</p></div>"""

@@ -13,10 +13,9 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import subject_runs
-from webui.app_context import QUIET, AppContext
 from webui.cards import SCRIPT, STYLE, cards, sentences
+from webui.context import QUIET, AppContext, show_errors
 from webui.draft import Draft
-from webui.errors import show_errors
 from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 

@@ -10,12 +10,10 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import launching, run_cards
-from webui.app_context import QUIET, AppContext
+from webui.context import QUIET, AppContext, LazyUpdate, button, keys, show_errors, text, updates
 from webui.draft import Draft
-from webui.errors import show_errors
-from webui.lazy_updates import LazyUpdate, button, keys, text, updates
+from webui.runs import Action, RunView, views
 from webui.screens import runs_compare
-from webui.views import Action, RunView, views
 from webui.workspace import Workspace
 
 LABELS: dict[str, str] = {

@@ -8,10 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from webui.app_context import QUIET, AppContext
 from webui.compare import MAX_RUNS, Compared, letter, sample_html, side_by_side
-from webui.errors import show_errors
-from webui.views import RunView, views
+from webui.context import QUIET, AppContext, show_errors
+from webui.runs import RunView, views
 from webui.workspace import Workspace
 
 NO_ADAPTER = "no saved adapter yet"

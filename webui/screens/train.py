@@ -10,12 +10,10 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import launching, progress
-from webui.app_context import AppContext
-from webui.errors import show_errors
+from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
 from webui.images import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
-from webui.lazy_updates import LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.photo_account import photo_account
-from webui.views import RunView
+from webui.runs import RunView
 from webui.workspace import Workspace
 
 EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, review them under Check, and press

@@ -17,16 +17,15 @@ from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from webui import uploads
 from webui.adapters import others, reference_of_file, steps_of
-from webui.app_context import QUIET, AppContext
 from webui.cancellation import CANCELLATIONS
 from webui.cards import escaped
-from webui.errors import show_errors
+from webui.context import QUIET, AppContext, show_errors
 from webui.gallery import bar_of, details_of, gallery_of
 from webui.generated_images import GeneratedImages, settings_of
 from webui.generation_requests import GUIDANCE_SCALE, MIXED, STEPS, GenerationRequest, adapter_fields
+from webui.runs import RunView
 from webui.screens import use_files
 from webui.screens.train import view_of
-from webui.views import RunView
 from webui.workspace import Workspace
 
 SECONDS_BETWEEN = 0.1

@@ -10,11 +10,10 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
-from webui.app_context import AppContext
-from webui.errors import show_errors
+from webui.context import AppContext, show_errors
 from webui.files import LAYOUTS, Layout, layouts_of, size_text
 from webui.generation_requests import GenerationRequest
-from webui.views import RunView
+from webui.runs import RunView
 
 # With a delay, until the button has its new file.
 SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"

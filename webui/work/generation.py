@@ -24,7 +24,7 @@ from webui.adapters import find_adapter, last_step, reference_of
 from webui.files import LAYOUTS, Layout
 from webui.generated_images import GeneratedImages
 from webui.generation_requests import GenerationRequest
-from webui.views import RunView, read_cached
+from webui.runs import RunView, read_cached
 from webui.work.pipeline_cache import (
     MAX_IMAGES,
     PIPELINE_CACHE,

@@ -1,19 +1,130 @@
-"""What the screens share: the selected run, the tabs, the drafts, and the timer that refreshes the open screen."""
+"""What the screens share: the selected run, the tabs, the drafts and the timer; errors as sentences; updates sent once."""
 
 from __future__ import annotations
 
+import functools
+import html
+import inspect
+import logging
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from webui.errors import show_errors
+from pipelines.errors import InputError
+from webui.runs import ACTIVE, RunView, views
 from webui.settings import Settings
-from webui.views import ACTIVE, RunView, views
 from webui.workspace import Workspace
+
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+def show_errors(handler: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Wrap an event handler (a function, generator or coroutine), so that the page shows its errors as one sentence.
+
+    An InputError is an error of the user and names the remedy. Any other error is logged under a short number that the page
+    shows. A generator that is closed, for example by a cancelled event, ends as it would without the wrapper.
+    """
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Generator:
+            with _plain_errors():
+                return (yield from handler(*arguments, **named))
+
+    elif inspect.iscoroutinefunction(handler):
+
+        @functools.wraps(handler)
+        async def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+            with _plain_errors():
+                return await handler(*arguments, **named)
+
+    else:
+
+        @functools.wraps(handler)
+        def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+            with _plain_errors():
+                return handler(*arguments, **named)
+
+    return wrapped
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise gr.Error(html.escape(str(error), quote=False), title="That does not work yet", print_exception=False) from error
+    except gr.Error:
+        raise
+    except Exception as error:
+        # The browser must not see a traceback.
+        number = secrets.token_hex(3)
+        logger.exception("error %s", number)
+        sentence = f"Internal error {number}. Your runs and images are not affected. The server's log has the details."
+        raise gr.Error(sentence, title="Error", print_exception=False) from error
+
+
+@dataclass(frozen=True)
+class LazyUpdate:
+    """The update of one component, made only when needed.
+
+    Args:
+        key: differs whenever the content differs.
+        make: returns the update.
+    """
+
+    key: Hashable
+    make: Callable[[], Any]
+
+
+def text(value: str) -> LazyUpdate:
+    """HTML, hidden if empty."""
+    return LazyUpdate(value, lambda: gr.HTML(value=value, visible=bool(value)))
+
+
+def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
+    """HTML that is slow to make, hidden if empty."""
+
+    def update() -> gr.HTML:
+        value = make()
+        return gr.HTML(value=value, visible=bool(value))
+
+    return LazyUpdate(key, update)
+
+
+def button(visible: bool, label: str | None = None) -> LazyUpdate:
+    """A button, visible or hidden."""
+    return LazyUpdate(
+        (visible, label), lambda: gr.Button(visible=visible) if label is None else gr.Button(label, visible=visible)
+    )
+
+
+def frame(visible: bool) -> LazyUpdate:
+    """An accordion, visible or hidden."""
+    return LazyUpdate(visible, lambda: gr.Accordion(visible=visible))
+
+
+def updates(now: Mapping[str, LazyUpdate], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
+    """The updates of the outputs `names`; `gr.skip()` for those that the page shows already.
+
+    Args:
+        now: the current content.
+        seen: the keys of what was sent before.
+    """
+    return [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
+
+
+def keys(now: Mapping[str, LazyUpdate]) -> dict[str, Hashable]:
+    """The keys of the current content, stored only to send less."""
+    return {name: update.key for name, update in now.items()}
+
 
 POLL_SECONDS = 1.5
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}

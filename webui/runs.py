@@ -26,9 +26,9 @@ from training.runs.run_files import (
     Suggestion,
     read_metrics,
 )
+from training.runs.run_log import ended_by, last_error
 from training.runs.waiting import QUEUE, runs_before
 from webui.draft import SAMPLE_PROMPT
-from webui.run_log import ended_by, last_error
 from webui.workspace import Workspace, began
 
 Task = Literal["subject", "classify"]
