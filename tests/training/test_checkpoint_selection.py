@@ -1,6 +1,8 @@
 """Which step is suggested, by the held-out loss and by samples, why, and what is warned of."""
 
 import dataclasses
+import random
+import re
 
 import pytest
 
@@ -46,7 +48,7 @@ def test_the_earliest_of_equally_good_steps_is_recommended():
 
 def test_overfitting_is_a_rise_of_the_heldout_loss_while_the_training_loss_falls():
     (warning,) = suggest(curve([1.0, 0.5, 0.56], [1.0, 0.5, 0.4]), last=20).warnings
-    assert warning.startswith("Overfitting: the held-out loss rises from 0.5000 at step 10 to 0.5600 at step 20")
+    assert warning.startswith("Overfitting: the validation loss rises from 0.5000 at step 10 to 0.5600 at step 20")
     assert "from 0.5000 to 0.4000" in warning
     assert suggest(curve([1.0, 0.5, 0.54], [1.0, 0.5, 0.4]), last=20).warnings == []
 
@@ -66,7 +68,7 @@ def test_training_that_never_lowers_the_heldout_loss_is_warned_of():
 def test_training_that_lowers_only_the_training_loss_is_overfitting_from_the_start():
     warnings = suggest(curve([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]), last=20).warnings
     assert "did not improve the loss on the held-out image" in warnings[0]
-    assert warnings[1].startswith("Overfitting: the held-out loss rises from 1.0000 at step 0 to 1.2000 at step 20")
+    assert warnings[1].startswith("Overfitting: the validation loss rises from 1.0000 at step 0 to 1.2000 at step 20")
     assert len(suggest(curve([1.0, 1.001, 1.01], [1.0, 0.9, 0.8]), last=20).warnings) == 1
 
 
@@ -96,10 +98,11 @@ def test_a_step_with_more_similar_samples_is_preferred_to_the_one_with_the_lowes
     found = suggest(curve(FALL), 30, samples(10, 20, subject=[0.5, 0.7]))
     assert (found.step, found.warnings[0][:12]) == (20, "Overfitting:")
     for said in (
-        "step 20 has the lowest held-out loss: 0.7000 (the lowest of all is 0.5000 at step 10; base model 1.0000).",
-        "Similarity to the subject 0.700 (highest 0.700, step 20; base model 0.200); similarity to the prompts 0.300",
-        "similarity to the nearest training image 0.30 of 0.90, correlation of thumbnails 0.10 of 0.90",
-        "Compared: steps 10, 20.",
+        "Of the steps 10 and 20, step 20 is clearly the most similar to the subject.",
+        "Image similarity (CLIP-I) 0.700; range over all steps 0.200 (base model) to 0.700 (step 20).",
+        "Validation loss 0.7000; range over all steps 0.5000 (step 10) to 1.0000 (base model).",
+        "Memorisation: nearest image 0.300 (limit 0.900), nearest thumbnail 0.100 (limit 0.900).",
+        "Compared: 10, 20.",
     ):
         assert said in found.why
 
@@ -141,7 +144,7 @@ def test_a_step_with_near_copies_is_excluded_and_named_unless_the_base_model_cop
 def test_if_all_steps_generate_copies_the_one_that_copies_least_is_recommended_and_named():
     found = suggest(curve(FALL), 30, samples(10, 20, copy=[0.97, 0.95]))
     assert found.step == 20
-    assert found.why.startswith("All 2 compared steps generate near copies of training images; step 20 copies least")
+    assert found.why.startswith("Steps 10 and 20 generate near copies of training images. Of these, step 20 has")
     assert "is nearly a copy" in found.warnings[-1]
 
 
@@ -149,7 +152,7 @@ def test_without_samples_of_the_step_with_the_least_loss_the_loss_alone_decides(
     for scores in ({}, samples(20, 30, subject=[0.7, 0.8]), samples(10, subject=[0.7])):
         found = suggest(curve(FALL), 30, scores)
         assert found.step == 10
-        assert found.why.startswith("The held-out loss falls from 1.0000")
+        assert found.why.startswith("The validation loss falls from 1.0000")
     unknown_base = samples(10, 20, subject=[0.4, 0.7])
     del unknown_base[0]
     assert suggest(curve(FALL), 30, unknown_base).step == 10
@@ -164,14 +167,14 @@ def test_samples_do_not_decide_if_the_heldout_loss_never_fell():
 def test_without_a_heldout_image_the_earliest_of_the_most_similar_steps_is_recommended():
     found = suggest([], 30, samples(10, 20, 30, subject=[0.5, 0.698, 0.7]))
     assert found.step == 20
-    assert found.why.startswith("No image was held out: step 20 is the earliest")
+    assert found.why.startswith("Steps 20 and 30 are about equally similar to the subject. Of these, step 20 is the earliest. No")
     assert "not trained on" in found.warnings[0]
 
 
 def test_after_a_curve_that_falls_to_its_end_the_samples_decide():
     found = suggest(curve([1.0, 0.8, 0.6]), 90, samples(20, 50, 90, subject=[0.5, 0.699, 0.7]))
     assert found.step == 50
-    assert "the held-out loss was still falling at its last measurement" in found.why
+    assert "Of these, step 50 is the earliest after step 20, where the validation loss was still falling." in found.why
     assert suggest(curve([1.0, 0.5, 0.8]), 90, samples(10, 20, 90, subject=[0.5, 0.5, 0.9])).step == 10
 
 
@@ -202,4 +205,59 @@ def test_without_losses_evenly_spaced_steps_and_the_last_one_are_sampled():
 def test_copies_of_training_images_in_the_last_samples_are_warned_of(base, last, warned):
     scores = {0: dataclasses.replace(BASE, **base), 5: BASE, 10: dataclasses.replace(BASE, **last)}
     warnings = suggest([], 10, scores).warnings
-    assert any("A sample of step 10 is nearly a copy of a training image: similarity to the" in w for w in warnings) == warned
+    assert any("A sample of step 10 is nearly a copy of a training image: nearest image" in w for w in warnings) == warned
+
+
+def random_run(rng):
+    """Losses and scores on a grid of few values, so that ties and near ties are frequent."""
+    steps = range(0, 10 * rng.randint(2, 7), 10)
+    points = [Point(step, rng.randint(20, 60) / 100 + rng.choice([0, 1e-6]), 0.3) for step in steps]
+    sampled = [step for step in steps if step == 0 or rng.random() < 0.8]
+    scored = {
+        step: StepScores(
+            *(rng.randint(20, 36) / 100 + rng.choice([0, 1e-6]) for _ in range(2)), rng.choice([0.2, 0.95]), 0.4, 0.9
+        )
+        for step in sampled
+    }
+    # Without a held-out image, with cross-validation that ends early, or complete.
+    return points[: rng.choice([0, 2, len(points), len(points)])], scored, steps[-1]
+
+
+def named(words):
+    return [int(step) for step in re.findall(r"\d+", words)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_sentence_agrees_with_the_table_of_measurements(seed):
+    rng = random.Random(seed)
+    for _ in range(200):
+        check_sentences(*random_run(rng))
+
+
+def check_sentences(points, scored, last):
+    found = suggest(points, last, scored)
+    tables = {
+        "Image similarity (CLIP-I)": ({step: each.subject for step, each in scored.items()}, 3),
+        "Prompt similarity (CLIP-T)": ({step: each.prompt for step, each in scored.items()}, 3),
+        "Validation loss": ({point.step: point.heldout for point in points}, 4),
+    }
+    for name, value, low, high in re.findall(
+        r"([A-Z][\w -]+(?: \(.*?\))?) ([\d.]+); range .*? ([\d.]+) .*? to ([\d.]+) ", found.why
+    ):
+        column, digits = tables[name]
+        shown = {step: f"{each:.{digits}f}" for step, each in column.items()}
+        assert (value, low, high) == (shown[found.step], min(shown.values()), max(shown.values()))
+    for words, of_these in re.findall(
+        r"Steps ([\d, and]+) are about equally similar to the subject. Of these, (.*?)\.", found.why
+    ):
+        assert found.step in named(words)
+        if "lowest validation loss" in of_these:
+            assert tables["Validation loss"][0][found.step] == min(tables["Validation loss"][0][step] for step in named(words))
+    for words in re.findall(r"Of the steps ([\d, and]+), step \d+ is clearly the most similar", found.why):
+        assert scored[found.step].subject == max(scored[step].subject for step in named(words))
+    compared, excluded = re.findall(r"Compared: (.*?)\.", found.why), re.findall(r"Excluded for [a-z ]+: (.*?)\.", found.why)
+    if compared:
+        assert sorted(set(named(",".join(compared + excluded)))) == [step for step in sorted(scored) if step]
+        assert found.step in set(named(compared[0])) - set(named(",".join(excluded)))
+    for low, at in re.findall(r"lowest value, ([\d.]+) at step (\d+)", found.why):
+        assert low == f"{min(point.heldout for point in points):.4f}" == f"{tables['Validation loss'][0][int(at)]:.4f}"

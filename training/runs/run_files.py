@@ -140,8 +140,8 @@ class StepScores:
     @property
     def copy_summary(self) -> str:
         """The two measures of copying and their limits, for people."""
-        nearest = f"similarity to the nearest training image {self.nearest:.2f} of {self.nearest_limit:.2f}"
-        return f"{nearest}, correlation of thumbnails {self.copy:.2f} of {COPY_THRESHOLD:.2f}"
+        nearest = f"nearest image {self.nearest:.3f} (limit {self.nearest_limit:.3f})"
+        return f"{nearest}, nearest thumbnail {self.copy:.3f} (limit {COPY_THRESHOLD:.3f})"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Recommend a step of a run by the held-out loss and the scores of samples, with the reason and warnings."""
+"""Recommend a step of a run by the validation loss and the scores of samples, with the reason and warnings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from training.runs.run_files import Point, StepScores, Suggestion
 
-# Shares of the total reduction in held-out loss: losses this close are equally good, and a rise this large is reported as
+# Shares of the total reduction in validation loss: losses this close are equally good, and a rise this large is reported as
 # overfitting.
 TOLERANCE, OVERFITTING_RISE = 0.02, 0.10
 # The least share of that reduction that a step must keep to be a candidate.
@@ -20,24 +20,24 @@ Scored = Mapping[int, StepScores]
 
 
 def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> Suggestion:
-    """Recommend a step by the held-out loss and the samples together.
+    """Recommend a step by the validation loss and the samples together.
 
-    The held-out loss reaches its minimum early, before the subject is sharp in generated images. On the bundled toy the minimum
+    The validation loss reaches its minimum early, before the subject is sharp in generated images. On the bundled toy the minimum
     comes with less than 90% of the possible gain in similarity, and the full gain with 75% of the reduction in loss. The loss
     of a single held-out image is also uncertain. So the loss only excludes steps, and similarity selects one:
 
-    1. Candidates keep at least `MIN_SHARE_OF_REDUCTION` of the total reduction in held-out loss (see `candidate_steps`).
+    1. Candidates keep at least `MIN_SHARE_OF_REDUCTION` of the total reduction in validation loss (see `candidate_steps`).
     2. Excluded are candidates with a sample that nearly copies a training image, and those whose similarity to the prompts is
        more than `PROMPT_TOLERANCE` below the best.
     3. The remaining candidates within `SIMILARITY_TOLERANCE` of the best gain in similarity to the subject count as equal. The
        tolerances are fractions, because image scorers have no common scale.
-    4. Among these the step with the lowest held-out loss is recommended, or the earliest if no loss was measured.
+    4. Among these the step with the lowest validation loss is recommended, or the earliest if no loss was measured.
 
-    Without samples of the step with the lowest held-out loss the loss alone decides (see `_by_loss`). Without a held-out image
+    Without samples of the step with the lowest validation loss the loss alone decides (see `_by_loss`). Without a held-out image
     the samples alone decide.
 
     Args:
-        curve: the held-out loss by step, the base model first; empty without a held-out image.
+        curve: the validation loss by step, the base model first; empty without a held-out image.
         last: the last step of the training.
         scores: of the samples by step, the base model's at 0.
     """
@@ -50,7 +50,7 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
 
 
 def candidate_steps(curve: Sequence[Point], steps: Collection[int]) -> list[int]:
-    """Those of `steps` that the held-out loss does not exclude, in order.
+    """Those of `steps` that the validation loss does not exclude, in order.
 
     Without a held-out image, none is excluded. If the loss never falls below the base model's, only its lowest step remains. If
     the curve falls to its end, later steps remain too: the short trainings of cross-validation end earlier.
@@ -67,7 +67,7 @@ def candidate_steps(curve: Sequence[Point], steps: Collection[int]) -> list[int]
 def steps_to_sample(curve: Sequence[Point], candidates: Collection[int], scored: Collection[int], count: int) -> list[int]:
     """The steps to generate samples for after training, so that they can be compared.
 
-    These are the `count` candidates with the lowest held-out loss, without those that have scored samples. If the loss of some
+    These are the `count` candidates with the lowest validation loss, without those that have scored samples. If the loss of some
     candidates is unknown, they are evenly spaced and include the last one.
 
     Args:
@@ -83,7 +83,7 @@ def steps_to_sample(curve: Sequence[Point], candidates: Collection[int], scored:
 
 
 def _best(curve: Sequence[Point]) -> Point:
-    """The point with the lowest held-out loss, without the base model."""
+    """The point with the lowest validation loss, without the base model."""
     return min(curve[1:], key=lambda point: point.heldout)
 
 
@@ -93,10 +93,10 @@ def _falls_on(curve: Sequence[Point]) -> bool:
 
 
 def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, list[str], list[str]]:
-    """The recommended step by the held-out loss alone, the reason, and warnings.
+    """The recommended step by the validation loss alone, the reason, and warnings.
 
     It is the earliest step whose loss is within `TOLERANCE` of the total reduction from the lowest: less training forgets less.
-    Overfitting is a rise of the held-out loss by more than `OVERFITTING_RISE` of its reduction while the loss on
+    Overfitting is a rise of the validation loss by more than `OVERFITTING_RISE` of its reduction while the loss on
     the training images keeps falling.
     """
     if not curve:
@@ -105,60 +105,90 @@ def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, list[str], list[st
     base, best, end = curve[0], _best(curve), curve[-1]
     fall = base.heldout - best.heldout
     if fall <= 0:
-        reason = f"The held-out loss never falls below the base model's {base.heldout:.4f}; step {best.step} comes closest."
+        reason = f"The validation loss never falls below the base model's {base.heldout:.4f}; step {best.step} comes closest."
         warning = "Training did not improve the loss on the held-out image. Lower the learning rate, or use more images."
         return best.step, [reason], [warning, *([] if base.seen is None else _overfitting(base, end, 0.0))]
     if best is end and end.step < last:
-        reason = f"The held-out loss was still falling at its last measurement, step {end.step}, so the last step is used."
+        reason = f"The validation loss was still falling at its last measurement, step {end.step}, so the last step is used."
         return last, [reason], []
     chosen = next(point for point in curve[1:] if point.heldout <= best.heldout + TOLERANCE * fall)
     lowest = "the lowest value" if chosen is best else f"as good as the lowest value, {best.heldout:.4f} at step {best.step}"
-    reason = f"The held-out loss falls from {base.heldout:.4f} to {chosen.heldout:.4f} at step {chosen.step}, {lowest}."
+    reason = f"The validation loss falls from {base.heldout:.4f} to {chosen.heldout:.4f} at step {chosen.step}, {lowest}."
     return chosen.step, [reason], _overfitting(best, end, fall)
 
 
 def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int]) -> tuple[int, list[str]]:
-    """The step among `compared` by rules 2 to 4 of `suggest`, and the reason."""
+    """The step among `compared` by rules 2 to 4 of `suggest`, and the reasons."""
     free = [step for step in compared if not _copies(scores, step)]
     if not free:
         step = min(compared, key=lambda step: (scores[step].copy, step))
-        reason = f"All {len(compared)} compared steps generate near copies of training images; step {step} copies least."
-        return step, [reason, f"Step {step}: {scores[step].copy_summary}."]
-    most_faithful = max(free, key=lambda step: scores[step].prompt)
-    least = scores[most_faithful].prompt - PROMPT_TOLERANCE * abs(scores[most_faithful].prompt)
+        reason = f"{_steps(compared)} generate near copies of training images. Of these, step {step} is farthest from its nearest thumbnail."
+        return step, [reason, *_measurements(curve, scores, step)]
+    least = max(scores[step].prompt - PROMPT_TOLERANCE * abs(scores[step].prompt) for step in free)
     follow = [step for step in free if scores[step].prompt >= least]
-    best = max(follow, key=lambda step: scores[step].subject)
-    rise = max(0.0, scores[best].subject - scores[0].subject)
-    similar = [step for step in follow if scores[step].subject >= scores[best].subject - SIMILARITY_TOLERANCE * rise]
+    best = max(scores[step].subject for step in follow)
+    similar = [
+        step for step in follow if scores[step].subject >= best - SIMILARITY_TOLERANCE * max(0.0, best - scores[0].subject)
+    ]
     heldout = {point.step: point.heldout for point in curve}
     # Steps after the end of a falling curve count as equal to its end.
     step = min(similar, key=lambda step: (heldout.get(step, min(heldout.values(), default=0.0)), step))
-    of_step, most = scores[step], scores[best].subject
-    figures = [
-        f"Similarity to the subject {of_step.subject:.3f} (highest {most:.3f}, step {best}; base model {scores[0].subject:.3f})",
-        f"similarity to the prompts {of_step.prompt:.3f} (highest {scores[most_faithful].prompt:.3f}, step {most_faithful})",
-        of_step.copy_summary,
-    ]
-    left_out = {"near copies": set(compared) - set(free), "low similarity to their prompts": set(free) - set(follow)}
-    sentences = [_reason(curve, step), f"{'; '.join(figures)}.", f"Compared: steps {_listed(compared)}."]
-    sentences += [f"Excluded for {reason}: {_listed(steps)}." for reason, steps in left_out.items() if steps]
-    return step, sentences
+    others = {each for each in scores if each > 0} - set(compared)
+    excluded = {
+        "their validation loss": others & set(heldout),
+        "a missing validation loss": others - set(heldout),
+        "near copies": set(compared) - set(free),
+        "low similarity to their prompts": set(free) - set(follow),
+    }
+    sentences = [_reason(curve, step, follow, similar), *_measurements(curve, scores, step), f"Compared: {_listed(compared)}."]
+    return step, sentences + [f"Excluded for {reason}: {_listed(steps)}." for reason, steps in excluded.items() if steps]
 
 
-def _reason(curve: Sequence[Point], step: int) -> str:
-    """Rules 3 and 4 for this step, as a sentence."""
+def _reason(curve: Sequence[Point], step: int, eligible: Sequence[int], similar: Sequence[int]) -> str:
+    """Rules 3 and 4 for `step`, as sentences.
+
+    Args:
+        eligible: the steps that rules 1 and 2 leave.
+        similar: those of them that are about as similar to the subject as the best.
+    """
     losses = {point.step: point.heldout for point in curve}
-    if not curve:
-        return f"No image was held out: step {step} is the earliest of those with the most similar samples."
-    if step not in losses:
-        most_similar = f"Step {step} is the earliest of those with the samples most similar to the subject"
-        return f"{most_similar}; the held-out loss was still falling at its last measurement."
-    best = _best(curve)
-    lowest = "the lowest of all" if best.step == step else f"the lowest of all is {best.heldout:.4f} at step {best.step}"
-    return (
-        f"Among the steps that are equally similar to the subject, step {step} has the lowest held-out loss: {losses[step]:.4f} "
-        f"({lowest}; base model {curve[0].heldout:.4f})."
-    )
+    if len(eligible) == 1:
+        return f"Step {step} is the only compared step without near copies and with a high similarity to the prompts."
+    if len(similar) == 1:
+        return f"Of the {_steps(eligible).lower()}, step {step} is clearly the most similar to the subject."
+    if step in losses:
+        why = f"Of these, step {step} has the lowest validation loss, {losses[step]:.4f}."
+    elif curve:
+        why = f"Of these, step {step} is the earliest after step {curve[-1].step}, where the validation loss was still falling."
+    else:
+        why = f"Of these, step {step} is the earliest. No image was held out, so there is no validation loss."
+    return f"{_steps(similar)} are about equally similar to the subject. {why}"
+
+
+def _measurements(curve: Sequence[Point], scores: Scored, step: int) -> list[str]:
+    """Each measurement of `step` and its range over all measured steps, as sentences."""
+    columns = [
+        ("Image similarity (CLIP-I)", {each: scored.subject for each, scored in scores.items()}, 3),
+        ("Prompt similarity (CLIP-T)", {each: scored.prompt for each, scored in scores.items()}, 3),
+        ("Validation loss", {point.step: point.heldout for point in curve}, 4),
+    ]
+    ranges = [
+        f"{name} {values[step]:.{digits}f}; {_range(values, digits)}." for name, values, digits in columns if step in values
+    ]
+    return [*ranges, f"Memorisation: {scores[step].copy_summary}."]
+
+
+def _range(values: Mapping[int, float], digits: int) -> str:
+    """The lowest and the highest of `values` with their steps."""
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    ends = [f"{values[step]:.{digits}f} ({f'step {step}' if step else 'base model'})" for step in (low, high)]
+    return f"range over all steps {ends[0]} to {ends[1]}"
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """Such as "Steps 10, 20 and 30"."""
+    *others, last = map(str, steps)
+    return f"Steps {', '.join(others)} and {last}" if others else f"Step {last}"
 
 
 def _listed(steps: Collection[int]) -> str:
@@ -179,11 +209,11 @@ def _copying(scores: Scored) -> list[str]:
 
 
 def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
-    """A warning if the held-out loss rises after `best` while the training loss keeps falling."""
+    """A warning if the validation loss rises after `best` while the training loss keeps falling."""
     has_seen_loss = best.seen is not None and end.seen is not None
     if end.heldout - best.heldout <= OVERFITTING_RISE * max(fall, best.seen - end.seen if has_seen_loss else 0.0):
         return []
-    rise = f"the held-out loss rises from {best.heldout:.4f} at step {best.step} to {end.heldout:.4f} at step {end.step}"
+    rise = f"the validation loss rises from {best.heldout:.4f} at step {best.step} to {end.heldout:.4f} at step {end.step}"
     if not has_seen_loss:
         return [f"Overfitting: {rise}."]
     if end.seen >= best.seen:
