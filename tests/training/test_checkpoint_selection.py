@@ -144,7 +144,7 @@ def test_a_step_with_near_copies_is_excluded_and_named_unless_the_base_model_cop
 def test_if_all_steps_generate_copies_the_one_that_copies_least_is_recommended_and_named():
     found = suggest(curve(FALL), 30, samples(10, 20, copy=[0.97, 0.95]))
     assert found.step == 20
-    assert found.why.startswith("Steps 10 and 20 generate near copies of training images. Of these, step 20 has")
+    assert found.why.startswith("Steps 10 and 20 generate near copies of training images. Of these, step 20 is")
     assert "is nearly a copy" in found.warnings[-1]
 
 

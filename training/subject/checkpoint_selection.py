@@ -122,7 +122,8 @@ def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int])
     free = [step for step in compared if not _copies(scores, step)]
     if not free:
         step = min(compared, key=lambda step: (scores[step].copy, step))
-        reason = f"{_steps(compared)} generate near copies of training images. Of these, step {step} is farthest from its nearest thumbnail."
+        least = f"Of these, step {step} is farthest from its nearest thumbnail."
+        reason = f"{_steps(compared)} generate near copies of training images. {least}"
         return step, [reason, *_measurements(curve, scores, step)]
     least = max(scores[step].prompt - PROMPT_TOLERANCE * abs(scores[step].prompt) for step in free)
     follow = [step for step in free if scores[step].prompt >= least]
