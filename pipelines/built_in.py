@@ -44,3 +44,12 @@ def recorded_name(name_or_path: str) -> str:
 def model_path(name_or_path: str) -> str:
     """The hub name or path from which libraries load a model: the folder of the built-in one, else `name_or_path`."""
     return str(BUILT_IN_MODEL) if is_built_in(name_or_path) else name_or_path
+
+
+def portable_name(model: str, private: bool = False) -> str:
+    """The name of a local model without its folder; a hub name, or the name of the built-in model, as it is."""
+    if is_built_in(model):
+        return BUILT_IN
+    if not Path(model).exists():
+        return model
+    return "BASE_MODEL" if private else Path(model).resolve().name

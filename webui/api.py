@@ -7,7 +7,6 @@
 No `from __future__ import annotations` here: Gradio reads the annotations for the schema of the endpoints.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +15,10 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from pipelines.errors import InputError
+from pipelines.subject.generation_request import GenerationRequest
 from webui import launching, photo_uploads, uploads
-from webui.adapters import steps_of
 from webui.context import AppContext, show_errors
-from webui.generation_requests import GUIDANCE_SCALE, STEPS, GenerationRequest, integer, number
+from webui.generation import reference_of, request_for, steps_of
 from webui.runs import RunView, views
 from webui.workspace import Workspace
 
@@ -110,8 +109,8 @@ def _generate(context: AppContext) -> Any:
         scale: float | None = None,
         step: int | None = None,
         negative_prompt: str = "",
-        steps: int = STEPS,
-        guidance: float = GUIDANCE_SCALE,
+        steps: int = 25,
+        guidance: float = 4.0,
         strength: float | None = None,
     ) -> dict:
         """Generate an image with the adapter of a run.
@@ -128,9 +127,10 @@ def _generate(context: AppContext) -> Any:
             strength: deprecated; use scale.
         Returns: the image, a PNG file that contains its settings.
         """
-        scale = _renamed(scale, strength, 1.0)
-        given = GenerationRequest(run, step, scale, prompt, (), negative_prompt, seed=seed, steps=steps, guidance_scale=guidance)
-        return _generated_file(context.settings.workspace(request), given)
+        workspace = context.settings.workspace(request)
+        adapter = reference_of(run, _step(RunView(workspace.run(run)), step)), _renamed(scale, strength, 1.0), None
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "steps": steps, "guidance_scale": guidance}
+        return _generated_file(workspace, request_for(workspace, [adapter], **given))
 
     return generate
 
@@ -140,25 +140,11 @@ def _renamed(value: Any, deprecated: Any, default: Any) -> Any:
     return next((given for given in (value, deprecated) if given is not None), default)
 
 
-def _generated_file(workspace: Workspace, given: GenerationRequest) -> dict:
-    """The image of a request whose values are not checked yet, as Gradio serves it.
-
-    Raises: InputError if the run, its step or a value cannot be used.
-    """
+def _generated_file(workspace: Workspace, request: GenerationRequest) -> dict:
+    """The only image of a request, as Gradio serves it."""
     from webui.work import generation
 
-    step = _step(RunView(workspace.run(given.run_id)), given.step)
-    if not isinstance(given.prompt, str) or not isinstance(given.negative_prompt, str):
-        raise InputError("The prompt and the negative prompt must be strings. Describe the image in words.")
-    generation_request = replace(
-        given,
-        step=step,
-        scale=number("scale", given.scale),
-        seed=integer("seed", given.seed),
-        steps=integer("steps", given.steps),
-        guidance_scale=number("guidance", given.guidance_scale),
-    )
-    (path,) = (event for event in generation.generate_images(workspace, generation_request) if isinstance(event, Path))
+    (path,) = (event for event in generation.generate_images(workspace, request) if isinstance(event, Path))
     return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
 
@@ -167,7 +153,7 @@ def _step(view: RunView, step: Any) -> int:
 
     Raises: InputError if the run has no saved adapter.
     """
-    chosen = steps_of(view.record).chosen if step is None else integer("step", step)
+    chosen = steps_of(view.record).chosen if step is None else step
     if chosen is None or view.task != "subject":
         raise InputError("This run has no saved adapter yet. Wait until it has one, or choose another run.")
     return chosen

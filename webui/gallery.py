@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from webui.generated_images import GeneratedImages, one_line, settings_of
+from webui.generation import GeneratedImages, settings_of
 from webui.images import CRISP_SIDE, in_cache
 from webui.workspace import Workspace
 
@@ -35,6 +35,12 @@ def _cached(path: Path, changed: int) -> tuple[str, str, int]:
     """The cached copy of an image, its settings in one line, and its width in pixels."""
     settings, side = settings_of(path)
     return in_cache(path), one_line(settings), side
+
+
+def one_line(settings: dict[str, Any]) -> str:
+    """An image's settings in one line; escape it before it goes into HTML."""
+    used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings.get("adapters", [])) or "base model"
+    return f"{settings['prompt']}; {used}; seed {settings['seed']}"
 
 
 def bar_of(words: str, done: int, total: int) -> str:

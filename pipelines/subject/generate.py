@@ -24,6 +24,7 @@ from pipelines.help_format import HelpFormatter
 from pipelines.images import as_grid, save_image
 from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 from pipelines.prompt_syntax import command_line_warnings
+from pipelines.subject.generation_request import Sampling
 from pipelines.subject.model_source import FIELDS, ModelSource, source_of
 from pipelines.text_files import read_text
 
@@ -33,6 +34,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # In parameters of the UNet: the built-in model has 7 million, SDXL 2,600 million.
 SMALL_MODEL = 100_000_000
+# In parameters of the autoencoder: SDXL's has 84 million.
+SMALL_VAE = 5_000_000
+# Red, green and blue of each of the four latent channels.
+LATENT_RGB = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+)
+LATENT_RGB_OFFSET = (0.1084, -0.0175, -0.0011)
 SHEET_PROMPTS = (
     "a large red star in the snow",
     "a large blue circle on the grass",
@@ -51,36 +62,6 @@ SHEET_PROMPTS = (
     "a large purple striped ring on a wooden floor",
     "a large black dotted triangle in the snow",
 )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of the diffusion sampling.
-
-    Args:
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance scale; 1 disables guidance.
-        negative_prompt: what the images should not show.
-        resolution: side of the images in pixels, a multiple of 8; None for the model's default.
-        guidance_rescale: rescaling of guided predictions, in [0, 1]; 0.7 is usual for models with zero terminal SNR
-            [Lin et al. 2023].
-    """
-
-    num_inference_steps: int = 25
-    guidance_scale: float = 4.0
-    negative_prompt: str = ""
-    resolution: int | None = None
-    guidance_rescale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise InputError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
-        if not self.guidance_scale >= 0:
-            raise InputError(f"guidance_scale must be at least 0, got {self.guidance_scale}.")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise InputError(f"resolution must be a positive multiple of 8, got {self.resolution}.")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise InputError(f"guidance_rescale must be in [0, 1], got {self.guidance_rescale}.")
 
 
 @contextmanager
@@ -105,19 +86,20 @@ def generate(
     seeds: Sequence[int],
     sampling: Sampling,
     batch_size: int = 8,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Iterator[Image.Image]:
     """Generate one image for each prompt and its seed; the noise depends on the seed alone.
 
     Args:
         batch_size: images at once.
-        on_step: called after each denoising step of a batch with the number of completed steps; an exception that it raises
-            stops the generation.
+        on_step: called after each denoising step of a batch with the number of completed steps and the latents
+            (batch_size, channels, height, width); an exception that it raises stops the generation.
     """
     pipeline.set_progress_bar_config(disable=True)
+    width, height = sampling.size
 
     def step_ended(_: StableDiffusionXLPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1)
+        on_step(step + 1, tensors["latents"])
         return tensors
 
     for first in range(0, len(prompts), batch_size):
@@ -129,11 +111,26 @@ def generate(
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             guidance_rescale=sampling.guidance_rescale,
-            height=sampling.resolution,
-            width=sampling.resolution,
+            height=height,
+            width=width,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]],
             callback_on_step_end=None if on_step is None else step_ended,
         ).images
+
+
+@torch.no_grad()
+def preview(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> Image.Image:
+    """A small image of the first of `latents` (batch_size, 4, height, width) during denoising.
+
+    A small autoencoder decodes them; otherwise each latent is a pixel, by a linear fit of SDXL's autoencoder [ComfyUI].
+    """
+    latents = latents[:1] / max(1.0, latents[0].std().item())
+    vae = pipeline.vae
+    if sum(weight.numel() for weight in vae.parameters()) < SMALL_VAE:
+        return pipeline.image_processor.postprocess(vae.decode(latents / vae.config.scaling_factor).sample)[0]
+    factors, offset = (torch.tensor(values, device=latents.device) for values in (LATENT_RGB, LATENT_RGB_OFFSET))
+    pixels = torch.einsum("chw,cp->hwp", latents[0].float(), factors) + offset
+    return Image.fromarray((255 * (pixels / 2 + 0.5).clamp(0, 1)).byte().cpu().numpy())
 
 
 def contact_sheet(

@@ -193,8 +193,8 @@ def test_an_invalid_request_is_refused_with_a_message(client, started, tiny_mode
 def test_an_invalid_generation_request_is_refused_with_a_message(client, started, stopped, drawer):
     run = drawer
     refused(client, "prompt is empty", run, " ", api_name="/generate")
-    refused(client, "seed must be in \\[0", run, "a star", seed=-1, api_name="/generate")
-    refused(client, "scale must be a number", run, "a star", strength="much", api_name="/generate")
+    refused(client, "Seed must be in \\[0", run, "a star", seed=-1, api_name="/generate")
+    refused(client, "Adapter weight must be a number", run, "a star", strength="much", api_name="/generate")
     refused(client, "no longer exists", run, "a star", step=999, api_name="/generate")
-    refused(client, "Use at most 150 steps", run, "a star", steps=100000, api_name="/generate")
+    refused(client, "Steps must be in \\[1, 150", run, "a star", steps=100000, api_name="/generate")
     refused(client, "no saved adapter", started[2], "a star", api_name="/generate")

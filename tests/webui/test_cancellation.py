@@ -1,8 +1,8 @@
 """Cancel affects the generations that a tab has started, and no later or other ones."""
 
-from webui.adapters import FILE
 from webui.cancellation import MAX_SESSIONS, CancellationTokens
-from webui.generation_requests import adapter_fields
+from webui.generation import FILE
+from webui.screens.use import adapter_fields
 
 
 def test_cancel_affects_only_the_generations_that_this_tab_has_started():

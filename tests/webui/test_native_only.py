@@ -4,10 +4,9 @@ import pytest
 from small_runs import small_run
 
 from pipelines.errors import InputError
-from webui.adapters import find_adapter
-from webui.files import layouts_of
+from webui.generation import layouts_of, request_for
 from webui.work import generation
-from webui.work.pipeline_cache import GenerationJob, PipelineCache, WeightedAdapter
+from webui.work.pipeline_cache import PipelineCache
 from webui.workspace import Workspace
 
 
@@ -34,6 +33,6 @@ def test_a_file_for_another_program_is_refused_with_the_one_to_take(workspace, s
 
 
 def test_it_cannot_be_merged_with_others(workspace, tmp_path):
-    job = GenerationJob("a star", (WeightedAdapter(find_adapter(workspace, "mixture@4"), 1.0),))
+    request = request_for(workspace, [("mixture@4", 1.0, None)], prompt="a star")
     with pytest.raises(InputError, match=r"cannot be merged into one file: .*is adapted by a mixture of subspaces"):
-        PipelineCache().merge(job, tmp_path / "mix.safetensors", "kohya")
+        PipelineCache().merge(request, tmp_path / "mix.safetensors", "kohya")

@@ -1,7 +1,7 @@
 """A1111 syntax in prompts: the page warns that it has no effect and says what to use instead."""
 
+from pipelines.subject.generation_request import GenerationRequest
 from webui.draft import Draft
-from webui.generation_requests import GenerationRequest
 from webui.screens import check, use
 
 
@@ -15,7 +15,7 @@ def test_the_page_warns_of_a1111_syntax_in_scenes():
 
 
 def test_the_page_warns_of_a1111_syntax_in_generation_requests():
-    assert use._of_syntax(GenerationRequest(None, None, 1.0, "a star")) == ""
-    said = use._of_syntax(GenerationRequest(None, None, 1.0, "a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
+    assert use._of_syntax(GenerationRequest(prompt="a star")) == ""
+    said = use._of_syntax(GenerationRequest(prompt="a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
     assert said.count('class="warning"') == 2
     assert "Combine with other adapters" in said

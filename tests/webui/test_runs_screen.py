@@ -132,18 +132,18 @@ def test_a_duplicate_has_the_run_s_photos_if_they_were_uploaded_by_the_user(work
 
 
 def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
-    finished_run(workspace.runs / "a")
+    with_options(finished_run(workspace.runs / "a"), model={"pretrained_model_name_or_path": "mini-sdxl"})
     run_in(workspace.runs / "b", "done")
     image, requests = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
 
     def generate_images(within, request):
-        requests.append((request.run_id, request.prompt, request.seed, request.count))
+        requests.append((request.adapters[0].reference, request.prompt, request.seed, request.count))
         yield "half"
         yield image
 
     monkeypatch.setattr(work, "generation", SimpleNamespace(generate_images=generate_images), raising=False)
     tables = list(generated_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
-    assert requests == [("a", NASTY, 7, 1)]
+    assert requests == [("a@60", NASTY, 7, 1)]
     assert "generating" in tables[0]
     assert tables[-1].count("<img") == 1
     assert NO_ADAPTER in tables[-1]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import incoming, uploads
-from webui.adapters import find_adapter, others
+from webui.generation import find_adapter, others
 from webui.image_datasets import (
     add_class,
     delete_set,

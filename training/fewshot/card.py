@@ -8,6 +8,7 @@ from statistics import fmean
 
 from huggingface_hub import ModelCardData
 
+from pipelines.built_in import portable_name
 from pipelines.clip import BUILT_IN
 from pipelines.fewshot.plots import save_figure
 from pipelines.fewshot.target_layers import TargetLayers
@@ -15,7 +16,7 @@ from pipelines.methods import method_names
 from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.text_files import write_text_atomically
 from training.fewshot.figures import ZERO_SHOT, card_figures, shots_text
-from training.runs.card_text import CARD, as_text, portable_name
+from training.runs.card_text import CARD, as_text
 from training.runs.fewshot_files import FewShotReport, TrialResult
 
 CONTROL = "pixels"

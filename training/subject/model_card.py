@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from nora_vision.approximation import LeftOut
-from pipelines.built_in import is_built_in
+from pipelines.built_in import is_built_in, portable_name
 from pipelines.clip import BUILT_IN
 from pipelines.methods import method_named, title_of
 from pipelines.quantization import EXPORT_NOTE, losses_of
@@ -18,7 +18,7 @@ from pipelines.subject.prediction import Prediction
 from pipelines.subject.scores import BASE
 from pipelines.text_files import write_text_atomically
 from training.options import NEW_SCENES, SubjectOptions
-from training.runs.card_text import CARD, as_text, portable_name
+from training.runs.card_text import CARD, as_text
 from training.runs.run import RunDirectory
 from training.runs.run_files import COPY_THRESHOLD, Certificate, Suggestion
 

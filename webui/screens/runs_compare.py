@@ -10,6 +10,7 @@ import gradio as gr
 
 from webui.compare import MAX_RUNS, Compared, letter, sample_html, side_by_side
 from webui.context import QUIET, AppContext, show_errors
+from webui.generation import reference_of, request_for, steps_of
 from webui.runs import RunView, views
 from webui.workspace import Workspace
 
@@ -87,8 +88,6 @@ def generated_with_all(workspace: Workspace, compared: Compared, prompt: str, se
 
     Raises: InputError if an adapter or the prompt cannot be used.
     """
-    from webui.adapters import steps_of
-    from webui.generation_requests import GenerationRequest
     from webui.work import generation
 
     steps = [steps_of(view.record).chosen for view in compared.views]
@@ -96,7 +95,8 @@ def generated_with_all(workspace: Workspace, compared: Compared, prompt: str, se
     for index, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
         if step is None:
             continue
-        for event in generation.generate_images(workspace, GenerationRequest(view.id, step, 1.0, prompt, count=1, seed=seed)):
+        request = request_for(workspace, [(reference_of(view.id, step), 1.0, None)], prompt=prompt, seed=seed)
+        for event in generation.generate_images(workspace, request):
             if isinstance(event, Path):
                 cells[index] = sample_html(event, "pixel", prompt)
             yield _table(compared.views, steps, cells, prompt, seed)

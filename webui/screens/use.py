@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,21 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
+from pipelines.subject.generation_request import GenerationRequest
 from webui import uploads
-from webui.adapters import others, reference_of_file, steps_of
 from webui.cancellation import CANCELLATIONS
 from webui.cards import escaped
 from webui.context import QUIET, AppContext, show_errors
 from webui.gallery import bar_of, details_of, gallery_of
-from webui.generated_images import GeneratedImages, settings_of
-from webui.generation_requests import GUIDANCE_SCALE, MIXED, STEPS, GenerationRequest, adapter_fields
+from webui.generation import FILE, GeneratedImages, others, reference_of, reference_of_file, request_for, settings_of, steps_of
 from webui.runs import RunView
 from webui.screens import use_files
 from webui.screens.train import view_of
 from webui.workspace import Workspace
 
 SECONDS_BETWEEN = 0.1
+# The number of further adapters that the page has fields for.
+MIXED = 3
 CANCELLED = "<p class='quiet'>Cancelled. Finished images are kept.</p>"
 NO_RUN = """<div class="empty"><p><b>There is no adapter yet.</b></p><p>Add a few photos under Photos and train on them. You can
 generate images here as soon as the first checkpoint is saved.</p></div>"""
@@ -40,7 +41,7 @@ choose a subject run above.</p></div>"""
 
 @dataclass(frozen=True)
 class Controls:
-    """The fields of a generation request, in the order of `GenerationRequest.from_page`."""
+    """The fields of a generation request, in the order of `request_of`."""
 
     scale: gr.Slider
     prompt: gr.Textbox
@@ -54,7 +55,7 @@ class Controls:
     scales: list[gr.Slider]
 
     def inputs(self, context: AppContext) -> list[Any]:
-        """The inputs of `GenerationRequest.from_page`."""
+        """The inputs of `request_of`."""
         controls = [
             self.scale,
             self.prompt,
@@ -66,6 +67,29 @@ class Controls:
             self.guidance_scale,
         ]
         return [context.run, context.step, *controls, *self.mixed, *self.scales]
+
+
+def request_of(workspace: Workspace, values: Sequence[Any]) -> GenerationRequest:
+    """The request that the values of the page's fields make, in the order of `Controls.inputs`.
+
+    Raises: InputError if an adapter is missing or a value is out of range.
+    """
+    run_id, step, scale, prompt, negative, count, seed, with_base, steps, guidance_scale, *rows = values
+    adapters = [] if run_id is None or step is None else [(reference_of(run_id, step), scale, None)]
+    adapters += [(each, weight, None) for each, weight in zip(rows[:MIXED], rows[MIXED:], strict=True) if each]
+    given = {"prompt": prompt, "negative_prompt": negative, "count": count, "seed": seed, "with_base": with_base}
+    return request_for(workspace, adapters, **given, steps=steps, guidance_scale=guidance_scale)
+
+
+def adapter_fields(settings: dict[str, Any]) -> tuple[str | None, int | None, float, list[tuple[str, float]]]:
+    """The run, step and scale, and the further adapters, from an image's settings."""
+    used = [(str(each["reference"]), float(each["scale"])) for each in settings.get("adapters", [])]
+    run_id, step, scale = None, None, 0.0
+    if used and not used[0][0].startswith(f"{FILE}@"):
+        (reference, scale), *used = used
+        run_id, _, step_text = reference.partition("@")
+        step = int(step_text)
+    return run_id, step, scale, used
 
 
 def build(context: AppContext) -> None:
@@ -95,7 +119,7 @@ def build(context: AppContext) -> None:
     display.wire()
     _wire_generation(context, controls, (generate, cancel, bar), outputs)
     _wire_again(display, outputs)
-    use_files.wire(context, files, controls.inputs(context))
+    use_files.wire(context, files, controls.inputs(context), request_of)
     _wire_small(context, controls, suggestions, upload, dice)
 
 
@@ -117,11 +141,9 @@ def _controls(context: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.Upl
         upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="sm", elem_id="use-upload")
     with gr.Accordion("Sampling settings", open=False, elem_id="use-more"):
         negative = gr.Textbox(label="Negative prompt", info="What the image should not show.", elem_id="use-negative")
-        steps = gr.Slider(
-            1, 100, STEPS, step=1, label="Steps", info="More steps add detail and take longer.", elem_id="use-steps"
-        )
+        steps = gr.Slider(1, 100, 25, step=1, label="Steps", info="More steps add detail and take longer.", elem_id="use-steps")
         hint = "How closely the image follows the prompt."
-        guidance_scale = gr.Slider(0, 15, GUIDANCE_SCALE, step=0.5, label="Guidance scale", info=hint, elem_id="use-guidance")
+        guidance_scale = gr.Slider(0, 15, 4, step=0.5, label="Guidance scale", info=hint, elem_id="use-guidance")
     controls = Controls(scale, prompt, negative, count, seed, with_base, steps, guidance_scale, mixed, scales)
     return controls, upload, dice
 
@@ -242,9 +264,8 @@ def _wire_generation(
 
     @show_errors
     def generate_images(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
-        yield from _generate(
-            context.settings.workspace(request), GenerationRequest.from_page(values), str(request.session_hash), token
-        )
+        workspace = context.settings.workspace(request)
+        yield from _generate(workspace, request_of(workspace, values), str(request.session_hash), token)
 
     @show_errors
     def show_gallery(request: gr.Request) -> list[Any]:

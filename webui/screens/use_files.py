@@ -10,9 +10,9 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
+from pipelines.subject.generation_request import GenerationRequest
 from webui.context import AppContext, show_errors
-from webui.files import LAYOUTS, Layout, layouts_of, size_text
-from webui.generation_requests import GenerationRequest
+from webui.generation import LAYOUTS, Layout, layouts_of, size_text
 from webui.runs import RunView
 
 # With a delay, until the button has its new file.
@@ -72,18 +72,18 @@ def _of_layout(layout: Layout, size: int | None, view: RunView) -> str:
     return f"<p><b>{size_text(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}{approximate}</span></p>"
 
 
-def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
+def wire(context: AppContext, files: Files, inputs: list[Any], request_of: Callable[..., GenerationRequest]) -> None:
     """Create a file when its button is pressed, and let the browser download it.
 
     Args:
-        inputs: the inputs of `GenerationRequest.from_page`.
+        inputs: the values that `request_of` makes a request of.
     """
 
     @show_errors
     def merge(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
         from webui.work import generation
 
-        with generation.merged(context.settings.workspace(request), GenerationRequest.from_page(values), layout) as path:
+        with generation.merged(request_of(context.settings.workspace(request), values), layout) as path:
             return gr.DownloadButton(value=save_file_to_cache(path, get_upload_folder()))
 
     on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}

@@ -15,41 +15,15 @@ from diffusers import StableDiffusionXLPipeline
 from nora_vision.components import adapted_components
 from pipelines.errors import InputError
 from pipelines.subject.adapters import save_everywhere
-from pipelines.subject.generate import Sampling
+from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.finishing import SUGGESTED
 from training.subject.measured import adapter_at
-from webui.adapters import find_adapter, last_step, reference_of
-from webui.files import LAYOUTS, Layout
-from webui.generated_images import GeneratedImages
-from webui.generation_requests import GenerationRequest
-from webui.runs import RunView, read_cached
-from webui.work.pipeline_cache import (
-    MAX_IMAGES,
-    PIPELINE_CACHE,
-    GeneratedImage,
-    GenerationJob,
-    GenerationProgress,
-    WeightedAdapter,
-)
+from webui.generation import LAYOUTS, GeneratedImages, Layout, find_adapter, last_step, reference_of
+from webui.runs import read_cached
+from webui.work.pipeline_cache import PIPELINE_CACHE
 from webui.workspace import Workspace
-
-
-def job_for(workspace: Workspace, request: GenerationRequest) -> GenerationJob:
-    """The job for a request.
-
-    Raises: InputError if an adapter is missing or a value is out of range.
-    """
-    adapters = tuple(WeightedAdapter(find_adapter(workspace, reference), scale) for reference, scale in request.references)
-    if not 1 <= request.count <= MAX_IMAGES:
-        raise InputError(f"The number of images must be in [1, {MAX_IMAGES}], got {request.count}.")
-    resolution = None
-    if request.run_id is not None:
-        resolution = RunView(workspace.run(request.run_id)).options.get("data", {}).get("resolution")
-    sampling = Sampling(request.steps, request.guidance_scale, request.negative_prompt, resolution)
-    seeds = tuple(range(request.seed, request.seed + request.count))
-    return GenerationJob(request.prompt, adapters, seeds, sampling, request.with_base)
 
 
 def generate_images(workspace: Workspace, request: GenerationRequest) -> Iterator[GenerationProgress | Path]:
@@ -57,7 +31,7 @@ def generate_images(workspace: Workspace, request: GenerationRequest) -> Iterato
 
     Raises: InputError if an adapter or a value cannot be used.
     """
-    images, events = GeneratedImages.of(workspace), PIPELINE_CACHE.generate(job_for(workspace, request))
+    images, events = GeneratedImages.of(workspace), PIPELINE_CACHE.generate(request)
     try:
         for event in events:
             yield images.add(event.image, event.settings) if isinstance(event, GeneratedImage) else event
@@ -67,15 +41,13 @@ def generate_images(workspace: Workspace, request: GenerationRequest) -> Iterato
 
 
 @contextmanager
-def merged(workspace: Workspace, request: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
+def merged(request: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
     """The adapters of the request merged into one LoRA file, which exists until the context ends.
 
     Raises: InputError if they cannot be merged.
     """
-    job = job_for(workspace, request)
     with tempfile.TemporaryDirectory() as folder:
-        run = request.run_id or "adapters"
-        yield PIPELINE_CACHE.merge(job, Path(folder) / f"{run}-mix-{layout}.safetensors", layout)
+        yield PIPELINE_CACHE.merge(request, Path(folder) / f"merged-{layout}.safetensors", layout)
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""What Use reads and writes: the adapters of runs and uploaded files, requests for images, the images, and files to download.
+
+The page refers to an adapter as `RUN@STEP` or `file@ID`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.images import read_settings, save_image
+from pipelines.subject.generation_request import BlockScales, GenerationRequest, ScaledAdapter
+from training.runs.record import RunRecord
+from training.runs.run_files import Suggestion
+from training.subject.measured import adapter_at, saved_steps
+from webui import uploads
+from webui.runs import RunView, views
+from webui.workspace import Workspace
+
+FILE = "file"
+GONE = "This adapter no longer exists. Choose another one."
+Layout = Literal["compact", "full", "diffusers", "kohya"]
+LAYOUTS: dict[Layout, tuple[str, str]] = {
+    "compact": ("Compact", "The smallest: for this app and the NoRA Vision library, with exactly the same base model."),
+    "full": ("Full", "Self-contained, for the PEFT library. NoRA adapters also need the NoRA Vision library."),
+    "diffusers": ("For diffusers", "A standard LoRA file for the diffusers library and programs that use it."),
+    "kohya": ("For ComfyUI and A1111", "A standard LoRA file for ComfyUI, AUTOMATIC1111, Forge and kohya's scripts."),
+}
+# Favourites are kept beyond this number.
+MAX_IMAGES_KEPT = 200
+# The leading dot keeps it from being the id of a dataset.
+FOLDER = ".drawn"
+NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run that have a saved adapter.
+
+    Args:
+        choices: the title of each and the step, in order.
+        chosen: the recommended one, else the last; None if there is none.
+    """
+
+    choices: list[tuple[str, int]]
+    chosen: int | None
+
+
+def steps_of(record: RunRecord) -> Steps:
+    """All adapters of a run: those saved while training, and the final one."""
+    view, last = RunView(record), last_step(record)
+    suggestion, total = view.read_file(Suggestion), view.status.total
+    suggested = None if suggestion is None else suggestion.step
+    steps = sorted({*saved_steps(record), *([] if last is None else [last])})
+    notes = {last: " (last)", suggested: " (recommended)"}
+    choices = [(f"Step {step}{f' of {total}' if total else ''}{notes.get(step, '')}", step) for step in steps]
+    return Steps(choices, suggested if suggested in steps else next(reversed(steps), None))
+
+
+def last_step(record: RunRecord) -> int | None:
+    """The last step, whose adapter was exported in all formats; None before the run is done."""
+    suggestion = RunView(record).read_file(Suggestion)
+    return suggestion.last if suggestion is not None and (record.path / "adapter").is_dir() else None
+
+
+def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
+    """Adapters to combine with: the recommended or last one of each other run, and the uploaded files.
+
+    Returns: titles, which may contain user input, and references.
+    """
+    runs = [view for view in views(workspace) if view.task == "subject" and view.id != run_id]
+    steps = [(view, steps_of(view.record).chosen) for view in runs]
+    entries = [(f"{view.title}, step {step}", reference_of(view.id, step)) for view, step in steps if step is not None]
+    return entries + [(name, reference_of_file(path)) for name, path in uploads.adapters(workspace)]
+
+
+def reference_of(run_id: str, step: int) -> str:
+    """The reference of the adapter of a run at `step`."""
+    return f"{run_id}@{step}"
+
+
+def reference_of_file(path: Path) -> str:
+    """The reference of the uploaded adapter at `path`."""
+    return f"{FILE}@{path.stem}"
+
+
+def find_adapter(workspace: Workspace, reference: str, scale: Any = 1.0, blocks: BlockScales | None = None) -> ScaledAdapter:
+    """The adapter with this reference, at `scale`.
+
+    Raises: InputError if this workspace has none, or the scale is out of range.
+    """
+    owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
+    scales = {"reference": reference, "scale": scale, "blocks": blocks or BlockScales()}
+    if owner != FILE:
+        return ScaledAdapter(**_of_run(RunView(workspace.run(owner)), part), **scales)
+    files = {path.stem: (name, path) for name, path in uploads.adapters(workspace)}
+    if part not in files:
+        raise InputError(GONE)
+    return ScaledAdapter(name=files[part][0], path=files[part][1], **scales)
+
+
+def _of_run(view: RunView, part: str) -> dict[str, Any]:
+    if view.task != "subject" or "model" not in view.options:
+        raise InputError("This run has no adapter for generation. Choose a subject run.")
+    step = next((saved for _, saved in steps_of(view.record).choices if str(saved) == part), None)
+    if step is None:
+        raise InputError(GONE)
+    path = view.record.path if step == last_step(view.record) else adapter_at(view.record, step)
+    return {"name": f"{view.name}, step {step}", "path": path, "model": view.options["model"]}
+
+
+def request_for(
+    workspace: Workspace, adapters: Iterable[tuple[str, Any, BlockScales | None]], **values: Any
+) -> GenerationRequest:
+    """A request with the adapters that these references name; images have the size that the first one's run trained at.
+
+    Raises: InputError if an adapter is missing or a value is out of range.
+    """
+    chosen = tuple(find_adapter(workspace, *each) for each in adapters)
+    if values.get("size") is None and chosen and chosen[0].model is not None:
+        run = RunView(workspace.run(chosen[0].reference.partition("@")[0]))
+        side = run.options.get("data", {}).get("resolution")
+        values["size"] = None if side is None else (side, side)
+    return GenerationRequest(adapters=chosen, **values)
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """One user's generated images, PNG files that contain their settings; they outlive the tab, the session and the server.
+
+    Args:
+        folder: the folder of the images.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, workspace: Workspace) -> GeneratedImages:
+        """The generated images of the workspace's user."""
+        return cls(workspace.sets / FOLDER)
+
+    def add(self, image: Image.Image, settings: dict[str, Any]) -> Path:
+        """Save an image with its settings; returns the file. Deletes the oldest images beyond `MAX_IMAGES_KEPT`."""
+        path = self.folder / f"{time.time_ns():019d}-{secrets.token_hex(3)}.png"
+        save_image(image, path, settings)
+        for old in self.newest()[MAX_IMAGES_KEPT:]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> list[Path]:
+        """All images, newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+
+    def find(self, name: str) -> Path:
+        """The image with the file name `name`.
+
+        Raises: InputError if it does not exist.
+        """
+        path = self.folder / name if isinstance(name, str) and NAME.fullmatch(name) else None
+        if path is None or not path.is_file():
+            raise InputError(f"This image no longer exists: only the newest {MAX_IMAGES_KEPT} are kept. Generate it again.")
+        return path
+
+
+def settings_of(path: Path) -> tuple[dict[str, Any], int]:
+    """The settings in an image's file (see `pipelines.images.read_settings`), and its width in pixels."""
+    with Image.open(path, formats=("PNG",)) as image:
+        return read_settings(path), image.width
+
+
+def layouts_of(record: RunRecord) -> dict[Layout, int | None]:
+    """The layouts in which the run's adapters can be downloaded, and the size of each in bytes; None if not yet known."""
+    sizes = {layout: _bytes_in(_folder(record, layout)) for layout in LAYOUTS}
+    return {layout: size for layout, size in sizes.items() if size is not None or not _is_missing(record, layout)}
+
+
+def _is_missing(record: RunRecord, layout: Layout) -> bool:
+    """Whether a layout without files cannot be made."""
+    if layout == "compact":
+        # A method without a compact layout saves every step in the full one.
+        folders = [record.path / "adapter", *(adapter_at(record, step) for step in saved_steps(record)[-1:])]
+        return any((folder / "full").is_dir() for folder in folders)
+    # An adapter that is no change of weights is not exported.
+    return layout != "full" and (record.path / "adapter").is_dir()
+
+
+def _folder(record: RunRecord, layout: Layout) -> Path:
+    steps = saved_steps(record)
+    if last_step(record) is None and steps:
+        return adapter_at(record, steps[-1]) / layout
+    return record.path / "adapter" / layout if layout in ("compact", "full") else record.path / layout
+
+
+def _bytes_in(folder: Path) -> int | None:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) or None if folder.is_dir() else None
+
+
+def size_text(size: int | None) -> str:
+    """A file size as text."""
+    if size is None:
+        return "created when downloaded"
+    return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{max(1, round(size / 1024))} KB"
