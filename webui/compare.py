@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
 from training.runs.run_files import Suggestion
-from webui import images
+from training.subject.measured import Sample, sampled_steps, samples
 from webui.curves import Series, plot, running_mean
 from webui.figures import SCORES, accuracies, in_percent, method_name, series
+from webui.render import sample_image
 from webui.runs import RunView
 from webui.workspace import Workspace
 
@@ -72,11 +72,11 @@ class Compared:
     def images(self) -> str:
         """Sample images with the same prompts and seeds, from the recommended or last step of each run."""
         steps = [compared_step(view) for view in self.views]
-        samples = [_samples(view, step) for view, step in zip(self.views, steps, strict=True)]
-        common = [key for key in samples[0] if all(key in each for each in samples)]
+        by_run = [_samples(view, step) for view, step in zip(self.views, steps, strict=True)]
+        common = [key for key in by_run[0] if all(key in each for each in by_run)]
         if not common:
             return f'<p class="warning">{OTHER_IMAGES}</p>'
-        rows = {f"{key[0]} (seed {key[1]})": _cells(samples, key) for key in common}
+        rows = {f"{key[0]} (seed {key[1]})": _cells(by_run, key) for key in common}
         heads = [f"{letter(position)}, {'base model' if step == 0 else f'step {step}'}" for position, step in enumerate(steps)]
         return "<h3>Same prompt, same seed</h3>" + side_by_side(heads, rows)
 
@@ -133,21 +133,15 @@ def letter(index: int) -> str:
 
 def compared_step(view: RunView) -> int | None:
     """The step whose samples are compared: the recommended one, else the last; None without samples."""
-    steps = images.sampled_steps(view.record)
+    steps = sampled_steps(view.record)
     suggestion = view.read_file(Suggestion)
     suggested = None if suggestion is None else suggestion.step
     return suggested if suggested in steps else max(steps, default=None)
 
 
-def _cells(samples: Sequence[Mapping[tuple[str, int], images.Sample]], key: tuple[str, int]) -> list[str]:
+def _cells(runs: Sequence[Mapping[tuple[str, int], Sample]], key: tuple[str, int]) -> list[str]:
     """The image of each run for a prompt and seed."""
-    return [sample_html(each[key].path, each[key].css, key[0]) for each in samples]
-
-
-def sample_html(path: Path, css: str, alt: str) -> str:
-    """An image for a table cell."""
-    source = images.address(images.thumbnail(path))
-    return f'<img class="{css}" src="{html.escape(source)}" alt="{_text(alt)}" loading="lazy">'
+    return [sample_image(each[key], key[0]) for each in runs]
 
 
 def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -160,9 +154,8 @@ def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str
     return f'<div class="scroll"><table class="plain"><thead><tr><th></th>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _samples(view: RunView, step: int | None) -> dict[tuple[str, int], images.Sample]:
-    samples = [] if step is None else images.samples(view.record, step)
-    return {(sample.prompt, sample.seed): sample for sample in samples}
+def _samples(view: RunView, step: int | None) -> dict[tuple[str, int], Sample]:
+    return {} if step is None else {(each.prompt, each.seed): each for each in samples(view.record, step)}
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

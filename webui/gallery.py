@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from webui.generation import GeneratedImages, settings_of
-from webui.images import CRISP_SIDE, in_cache
+from webui.render import CRISP_SIDE, in_cache
 from webui.workspace import Workspace
 
 GALLERY_SIZE = 48

@@ -91,8 +91,8 @@ def value_tables(plots: Sequence[Plot]) -> Markup:
 
 def _rows(plot: Plot) -> list[tuple[str, str, str]]:
     pale = [name for name, colour in (plot.colours or {}).items() if colour == PALE]
-    shown = {name: thinned(points, MOST_ROWS) for name, points in plot.series.items() if name not in pale}
-    return [(name, f"{x:g}", number(y)) for name, points in shown.items() for x, y in points]
+    lines = {name: thinned(points, MOST_ROWS) for name, points in plot.series.items() if name not in pale}
+    return [(name, f"{x:g}", number(y)) for name, points in lines.items() for x, y in points]
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:

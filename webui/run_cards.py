@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from webui import images
+from training.subject.measured import newest_sheet, sampled_steps, samples
 from webui.figures import figures
 from webui.progress import duration, phase_title
+from webui.render import CRISP_SIDE, thumbnail
 from webui.runs import RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
@@ -73,12 +74,12 @@ def _figures(view: RunView) -> str:
 
 def image_of(view: RunView) -> tuple[Path, str] | None:
     """The image that represents a run and its CSS class; None before there is one."""
-    steps = images.sampled_steps(view.record)
-    samples = images.samples(view.record, steps[-1]) if steps else []
-    if samples:
-        return samples[0].path, samples[0].css
+    steps = sampled_steps(view.record)
+    newest = samples(view.record, steps[-1]) if steps else []
+    if newest:
+        return newest[0].path, "pixel" if newest[0].side <= CRISP_SIDE else ""
     sheets = [view.record.path / BEFORE_AFTER, *sorted((view.record.path / "figures").glob("*.png"))]
-    sheet = next((path for path in sheets if path.is_file()), images.newest_sheet(view.record))
+    sheet = next((path for path in sheets if path.is_file()), newest_sheet(view.record))
     return None if sheet is None else (sheet, "")
 
 
@@ -87,7 +88,7 @@ def _image(view: RunView) -> str:
     if image_and_css is None:
         return '<span class="none" aria-hidden="true"></span>'
     path, css = image_and_css
-    source = html.escape(images.address(images.thumbnail(path, THUMBNAIL)))
+    source = html.escape(thumbnail(path, THUMBNAIL))
     return f'<img class="{css}" src="{source}" alt="" loading="lazy">'
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from pipelines.images import read_image_with_notes
-from webui.images import address
+from webui.render import address
 
 SIDE, MAX_PIXELS = 128, 40_000_000
 

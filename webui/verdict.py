@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pipelines.run_file import RunFile
 from training.runs.record import RunRecord
 from training.runs.run_files import COPY_THRESHOLD, Certificate, Point, StepScores, Suggestion
-from training.subject.measured import heldout_curve, sample_scores
+from training.subject.measured import Sample, heldout_curve, sample_scores, sampled_steps, samples, subject_images
 from webui.curves import Series, plot
-from webui.images import Sample, address, sampled_steps, samples, subject, thumbnail
+from webui.render import sample_image
 from webui.runs import RunView
 
 READ_LOSS = (
@@ -90,7 +90,7 @@ def sample_table(record: RunRecord, selected: tuple[int, int] | None) -> str:
     heads = "".join(f'<th scope="col">{_step_head(step, suggested)}</th>' for step in steps)
     rows = "".join(_sample_row(index, prompt.prompt, steps, selected) for index, prompt in enumerate(prompts))
     table = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-    photos = "".join(_image(each, "one of your photos") for each in subject(record))
+    photos = "".join(_image(each, "one of your photos") for each in subject_images(record))
     if photos:
         photos = f'<h4>Your photos as the model sees them</h4><div class="scroll strip">{photos}</div>'
     return f'<h3>Every step side by side</h3>{photos}<div class="scroll">{table}</div>'
@@ -116,7 +116,7 @@ def _sample_row(prompt_index: int, prompt: str, steps: Mapping[int, Sequence[Sam
 
 
 def _image(sample: Sample, words: str) -> str:
-    return f'<img class="{sample.css}" src="{address(thumbnail(sample.path))}" alt="{html.escape(words)}">'
+    return sample_image(sample, words)
 
 
 def curves(record: RunRecord) -> str:

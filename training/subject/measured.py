@@ -1,15 +1,69 @@
-"""The measurements of a run by step, read from its directory: validation losses, scores of samples, and saved adapters."""
+"""The results of a run by step, read from its directory: sample images and their scores, validation losses, saved adapters."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from math import isclose
 from pathlib import Path
 from statistics import fmean
 
+from PIL import Image
+
+from pipelines.images import SETTINGS_KEY
 from training.runs.record import RunRecord
 from training.runs.run_files import ADAPTERS, FOLDS, STEP, Point, StepScores, step_name, step_of
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample image.
+
+    Args:
+        path: its file.
+        prompt, seed: its generation settings.
+        side: its width in pixels.
+    """
+
+    path: Path
+    prompt: str
+    seed: int
+    side: int
+
+
+def sampled_steps(run: RunRecord) -> list[int]:
+    """The steps with sample images, in order; 0 is the base model."""
+    names = (path.name.removeprefix(STEP) for path in run.samples.glob(f"{STEP}*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def samples(run: RunRecord, step: int) -> list[Sample]:
+    """The sample images of `step`, one per prompt."""
+    return _images_in(run.samples_at(step))
+
+
+def subject_images(run: RunRecord) -> list[Sample]:
+    """Some training images as the model sees them."""
+    return _images_in(run.subject)
+
+
+def newest_sheet(run: RunRecord) -> Path | None:
+    """The newest contact sheet of samples; some recipes write no single samples. None if there is none."""
+    return max(run.samples.glob(f"{STEP}*.png"), default=None)
+
+
+def _images_in(folder: Path) -> list[Sample]:
+    paths = sorted(folder.glob("*.png"), key=lambda path: int(path.stem))
+    return [_sample(path, path.stat().st_mtime_ns) for path in paths]
+
+
+@lru_cache(maxsize=4096)
+def _sample(path: Path, changed: int) -> Sample:
+    with Image.open(path, formats=("PNG",)) as image:
+        settings = json.loads(image.text.get(SETTINGS_KEY, "{}"))
+        return Sample(path, str(settings.get("prompt", "")), int(settings.get("seed", 0)), image.width)
 
 
 def adapter_at(run: RunRecord, step: int) -> Path:

@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from training.subject.measured import saved_steps
+from training.subject.measured import sampled_steps, samples, saved_steps
 from webui import verdict
 from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
 from webui.generation import steps_of
-from webui.images import enlarged, sampled_steps, samples
+from webui.render import enlarged
 from webui.runs import RunView
 from webui.screens.train import view_of
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from webui.compare import MAX_RUNS, Compared, letter, sample_html, side_by_side
+from webui.compare import MAX_RUNS, Compared, letter, side_by_side
 from webui.context import QUIET, AppContext, show_errors
 from webui.generation import reference_of, request_for, steps_of
+from webui.render import parts, thumbnail
 from webui.runs import RunView, views
 from webui.workspace import Workspace
 
@@ -98,7 +99,7 @@ def generated_with_all(workspace: Workspace, compared: Compared, prompt: str, se
         request = request_for(workspace, [(reference_of(view.id, step), 1.0, None)], prompt=prompt, seed=seed)
         for event in generation.generate_images(workspace, request):
             if isinstance(event, Path):
-                cells[index] = sample_html(event, "pixel", prompt)
+                cells[index] = parts.image(thumbnail(event), prompt, "pixel")
             yield _table(compared.views, steps, cells, prompt, seed)
 
 

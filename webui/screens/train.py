@@ -9,10 +9,11 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
+from training.subject.measured import Sample, newest_sheet, sampled_steps, samples, subject_images
 from webui import launching, progress
 from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
-from webui.images import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.photo_account import photo_account
+from webui.render import sample_image, thumbnail
 from webui.runs import RunView
 from webui.workspace import Workspace
 
@@ -65,14 +66,14 @@ def _samples(view: RunView) -> LazyUpdate:
     key = (record.path, *changed, sheet, view.task, view.is_active)
     if changed:
         return lazy_text(key, lambda: _sections(view))
-    return lazy_text(key, lambda: _waiting(view) if sheet is None else _sheet(address(thumbnail(sheet, 1024))))
+    return lazy_text(key, lambda: _waiting(view) if sheet is None else _sheet(thumbnail(sheet, 1024)))
 
 
 def _sections(view: RunView) -> str:
     newest, *older = sampled_steps(view.record)[::-1]
     rows = [f"<h3>{_of_step(newest)}</h3>{_grid(samples(view.record, newest), 'large')}"]
     rows += [f"<h4>{_of_step(step)}</h4>{_grid(samples(view.record, step))}" for step in older]
-    photos = subject(view.record)
+    photos = subject_images(view.record)
     rows += [f"<h4>Your photos, as the model sees them</h4>{_grid(photos)}"] if photos else []
     return f"<section aria-label='sample images'>{''.join(rows)}</section>"
 
@@ -83,7 +84,7 @@ def _of_step(step: int) -> str:
 
 def _grid(images: list[Sample], css: str = "") -> str:
     cells = "".join(
-        f'<figure class="{each.css}"><img src="{address(thumbnail(each.path))}" alt="{html.escape(each.prompt) or YOURS}">'
+        f"<figure>{sample_image(each, each.prompt or YOURS)}"
         f"{f'<figcaption>{html.escape(each.prompt)}</figcaption>' if css else ''}</figure>"
         for each in images
     )
