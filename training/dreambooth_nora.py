@@ -61,11 +61,13 @@ from training.engine.sharding import check_can_shard, summon_full_params
 from training.options.optimisation import OptimisationOptions
 from training.runs.provenance import file_records, model_identity, write_provenance
 from training.runs.run import RunDirectory
-from training.subject.cross_validation import fold_steps, leave_one_out
+from training.runs.run_files import CALIBRATING, LOADING, SAMPLING, TRAINING, DryRunReport
+from training.subject import plan
+from training.subject.cross_validation import leave_one_out
 from training.subject.finishing import Trained, finish
 from training.subject.preparing import DatasetSplit, Preparation, checked_images
 from training.subject.publishing import check_can_push
-from training.subject.samples import ValidationSampler
+from training.subject.samples import ValidationSampler, save_subject
 from training.subject.validation import ValidationCallback
 
 DISPLAYED_IMAGES = 8
@@ -87,7 +89,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     with run.recording():
         training = SubjectTraining(accelerator, run, options, images)
         try:
-            before = [] if options.output.dry_run else training.sampler.generate()
+            before = [] if options.output.dry_run else training.sample_base_model()
             training.attach()
             training.dry_run()
             if options.output.dry_run:
@@ -137,7 +139,8 @@ class SubjectTraining:
 
     def __init__(self, accelerator: Accelerator, run: RunDirectory, options: SubjectOptions, images: DatasetSplit) -> None:
         self.accelerator, self.run, self.options, self.images = accelerator, run, options, images
-        run.update_status(phase="loading")
+        run.plan(plan.phases(options, len(images.folds)))
+        run.begin(LOADING)
         model, self.seed = options.model, options.optimisation.seed
         load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
         dtype, self.unquantized = WEIGHT_DTYPES[accelerator.mixed_precision], unquantized_folder(run, options, accelerator)
@@ -158,6 +161,17 @@ class SubjectTraining:
         self.sampler = ValidationSampler(
             self.pipeline, options.output.validation_prompt, self.seed, sampling, name, self.batch_size
         )
+        paths = [image.path for image in images.train[:DISPLAYED_IMAGES]]
+        self.displayed = images_of(load_examples(paths, self.resolution))
+
+    def sample_base_model(self) -> list[Image.Image]:
+        """Generate the base model's samples; they and some training images are saved at once, unless they were before."""
+        self.run.begin(SAMPLING)
+        before = self.sampler.generate()
+        if self.run.writes and not self.run.samples_at(0).exists():
+            save_subject(self.run, self.displayed)
+            self.sampler.save(self.run, 0, before)
+        return before
 
     def attach(self) -> None:
         """Add the adapter."""
@@ -178,13 +192,16 @@ class SubjectTraining:
         trainable = self._trainable(self.encoded.subject, self.class_images)
         limit = self.options.output.memory_limit_gb
         run_dry_run(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
+        if (report := DryRunReport.read(self.run.path)) is not None and not self.options.output.dry_run:
+            measured = (self.run.progress.measured(name) for name in (SAMPLING, LOADING))
+            self.run.progress.estimate(plan.estimated_seconds(self.options, report.seconds_per_step, *measured))
 
     def start(self) -> None:
         """Initialise the adapter from the base model and the subject, unless this is done."""
         if self.started:
             return
         self.started = True
-        self.run.update_status(phase="calibrating")
+        self.run.begin(CALIBRATING)
         accelerator, subject, adapter = self.accelerator, self.encoded.subject, self.options.adapter
         share = (accelerator.process_index, accelerator.num_processes)
         # A dry run leaves training mode on.
@@ -214,15 +231,13 @@ class SubjectTraining:
         if self.images.folds:
             folds = tuple(self.encoded.folds(self.images.folds))
             steps = self.options.optimisation.max_train_steps
-            on = partial(self._trainable, class_images=self.class_images, steps=fold_steps(steps))
+            on = partial(self._trainable, class_images=self.class_images, steps=plan.fold_steps(steps))
             every = self.options.validation.measured_every(steps)
             leave_one_out(self.accelerator, self.run, self.loss, folds, on, loop_options(self.options), every, self.batch_size)
 
     def start_validation(self, before: Sequence[Image.Image]) -> ValidationCallback:
-        """The validation during training, started with the samples `before` of the base model."""
-        self.run.update_status(phase="training", step=0, total=self.options.optimisation.max_train_steps)
-        paths = [image.path for image in self.images.train[:DISPLAYED_IMAGES]]
-        self.displayed = images_of(load_examples(paths, self.resolution))
+        """The validation during training, whose scores start with the samples `before` of the base model."""
+        self.run.begin(TRAINING)
         with summon_full_params(self.loss):
             model = self.options.validation.image_scorer
             scorer = None
@@ -232,7 +247,7 @@ class SubjectTraining:
             validation = ValidationCallback(
                 self.run, self.loss, subject, heldout, self.sampler, self.components, scorer, self.batch_size
             )
-            validation.begin(before, self.displayed)
+            validation.begin(before)
         return validation
 
     def train(self, validation: ValidationCallback) -> None:

@@ -42,12 +42,12 @@ from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard
 from training.fewshot.card import write_card
 from training.fewshot.experiment import Experiment, SplitImages, check_can_split, labelled_set, split_keys
-from training.fewshot.report import report_of, seconds_left, table, trials_of
+from training.fewshot.report import phases, report_of, table, trials_of
 from training.fewshot.trials import FittedAdapter, Trial, fit_trial, representative_trial
 from training.runs.fewshot_files import TrialResult
 from training.runs.provenance import write_provenance
 from training.runs.run import RunDirectory
-from training.runs.run_files import FITTING
+from training.runs.run_files import FITTING, REPORTING
 
 EXPORTED = "export"
 # By its full name: as a script, __name__ is "__main__".
@@ -76,7 +76,7 @@ def main(options: FewShotOptions) -> RunDirectory:
             results = fit_all(accelerator, run, experiment, options)
         record_provenance(run, experiment, options)
         if run.writes:
-            run.update_status(phase="writing the report", **NO_TRIAL, step=len(results), seconds_left=None)
+            run.begin(REPORTING, **NO_TRIAL, step=len(results))
             report = report_of(experiment, options, list(map(str, duplicates)), results)
             report.write(run.path)
             write_card(run.path, report, options.target_layers)
@@ -116,8 +116,8 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, experiment: Experiment,
                 images = experiment.split_images((trial.shots, trial.seed))
         folder = trial.folder_in(run.path)
         if not (run.path / folder / TrialResult.NAME).exists():
-            left = seconds_left(results, trials[index:])
-            run.update_status(phase=FITTING, trial=folder, **asdict(trial), step=index, total=len(trials), seconds_left=left)
+            run.plan(phases(results, trials))
+            run.begin(FITTING, index + 1, trial=folder, **asdict(trial), step=index, total=len(trials))
             run_trial(accelerator, run, images, trial, options)
         accelerator.wait_for_everyone()
         results += [TrialResult.read(run.path / folder)] if run.writes else []

@@ -71,7 +71,7 @@ def test_every_sample_is_saved_with_its_settings_and_so_are_samples_of_the_base_
 
 def test_phases_are_named_in_their_order(everything):
     assert everything.phases == [
-        *("loading", "encoding", "drawing class images", "dry run", "calibrating"),
+        *("loading", "encoding", "drawing class images", "sampling", "dry run", "calibrating"),
         *("training", "exporting", "comparing", "done"),
     ]
 

@@ -25,7 +25,7 @@ from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.scenes import render, sample_scene
 from training.fewshot.prediction_file import prediction_file
-from training.fewshot.report import seconds_left
+from training.fewshot.report import phases
 from training.fewshot.trials import Trial, largest_within_error
 from training.fewshot_nora import main
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
@@ -172,13 +172,17 @@ def duration(method, seconds):
     )
 
 
-def test_the_time_left_is_estimated_once_every_method_has_been_fitted():
+def seconds_of(finished, trials):
+    return [phase.seconds for phase in phases(finished, trials)[:-1]]
+
+
+def test_the_duration_of_a_trial_is_estimated_once_its_method_has_been_fitted():
     finished = [duration("zeroshot", 1.0), duration("nora", 8.0)]
     to_come = [Trial(2, 1, "zeroshot"), Trial(2, 1, "nora")]
-    assert seconds_left(finished[:1], to_come) is None
-    assert seconds_left(finished, to_come) == 9.0
-    assert seconds_left([*finished, duration("nora", 10.0)], to_come[1:]) == 9.0
-    assert seconds_left(finished, [Trial(4, 0, "nora")]) is None
+    assert seconds_of(finished[:1], to_come) == [1.0, None]
+    assert seconds_of(finished, to_come) == [1.0, 8.0]
+    assert seconds_of([*finished, duration("nora", 10.0)], to_come) == [1.0, 9.0]
+    assert seconds_of(finished, [Trial(4, 0, "nora")]) == [None]
 
 
 def test_a_finished_run_has_done_all_its_steps(finished):

@@ -20,7 +20,7 @@ from training.engine.loop import LoopOptions, Stepper, Trainable, prepared
 from training.runs.durable import free_bytes
 from training.runs.record import newest_step
 from training.runs.run import RunDirectory
-from training.runs.run_files import GB, DryRunReport
+from training.runs.run_files import DRY_RUN, GB, DryRunReport
 
 STEPS = 3
 CLEAR_PEAK = "5"
@@ -52,7 +52,7 @@ def measure_steps(stepper: Stepper, memory_limit_gb: float | None = None, peak: 
     Raises: DoesNotFitError if the run does not fit in memory, InputError if it does not fit on the disk.
     """
     options, run = stepper.options, stepper.run
-    run.update_status(phase="dry run")
+    run.begin(DRY_RUN)
     peak, seconds = peak or PeakMemory(stepper.accelerator.device), []
     with restored(stepper):
         batches = stepper.batches(range(STEPS))

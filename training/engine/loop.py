@@ -178,7 +178,8 @@ def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> N
     """Train, with `first` steps already done."""
     run, options, trainable = stepper.run, stepper.options, stepper.trainable
     requests = Requests.of(run, looks=run.writes)
-    with StopRequests() as signals, _progress_bar(first, options, stepper.accelerator) as bar:
+    is_hidden = not stepper.accelerator.is_main_process
+    with StopRequests() as signals, tqdm(initial=first, total=options.max_train_steps, desc="training", disable=is_hidden) as bar:
         batches = stepper.batches(range(first, options.max_train_steps), options.dataloader_num_workers)
         progress = TrainingProgress(run, first, options.max_train_steps)
         for step in range(first, options.max_train_steps):
@@ -187,14 +188,10 @@ def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> N
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             run.log(step + 1, loss=loss, lr=rate)
-            progress.report(step + 1)
+            progress.report(step + 1, at_once=_saves(options, step + 1, requested))
             _finish_step(stepper, step + 1, periodic, requested)
             if STOP in requested:
                 raise TrainingInterrupted(signals.noted or signal.SIGTERM)
-
-
-def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) -> tqdm:
-    return tqdm(initial=first, total=options.max_train_steps, desc="training", disable=not accelerator.is_main_process)
 
 
 @contextmanager
@@ -310,11 +307,15 @@ def _finish_step(stepper: Stepper, step: int, periodic: Sequence[Periodic], requ
     is_last = step == options.max_train_steps
     actions = list(_actions(periodic, step, is_last, SAMPLE in requested))
     score = _act(stepper, step, actions) if actions else None
-    save = is_last or step % options.checkpointing_steps == 0 or bool(requested & {SAVE, STOP})
-    if save:
+    if save := _saves(options, step, requested):
         _save(stepper, step, score)
     if actions or save:
         stepper.accelerator.wait_for_everyone()
+
+
+def _saves(options: LoopOptions, step: int, requested: frozenset[str]) -> bool:
+    """Whether a checkpoint is saved after `step` steps."""
+    return step == options.max_train_steps or step % options.checkpointing_steps == 0 or bool(requested & {SAVE, STOP})
 
 
 def _actions(periodic: Sequence[Periodic], step: int, is_last: bool, samples: bool) -> Iterator[Callable[[int], float | None]]:

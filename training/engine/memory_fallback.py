@@ -21,7 +21,7 @@ from pipelines.built_in import import_path
 from pipelines.errors import InputError
 from training.engine.dry_run import DoesNotFitError
 from training.runs.run import RunDirectory
-from training.runs.run_files import GB, DryRunReport, FallbackStep, MemoryFallback
+from training.runs.run_files import FINDING_SETTINGS, GB, DryRunReport, FallbackStep, MemoryFallback
 
 SMALLER_RESOLUTIONS = (0.75, 0.5)
 # Resolutions are multiples of these, so that UNets can halve them repeatedly.
@@ -159,7 +159,7 @@ def with_memory_fallback(work: Callable[[Any], RunDirectory], options: Any, reci
     if not options.output.memory_fallback or not PartialState().is_main_process:
         raise InputError(f"The training does not fit into memory: {reason}")
     run = RunDirectory(Path(options.output.output_dir))
-    run.update_status(phase="looking for settings that fit")
+    run.update_status(phase=FINDING_SETTINGS, share=None, seconds_left=None)
     with tempfile.TemporaryDirectory() as folder:
         tried = find_fitting(recipe, options.to_dict(), run.status().resolution, Path(folder))
     MemoryFallback(tried).write(run.path)

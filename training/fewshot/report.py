@@ -13,7 +13,10 @@ from training.fewshot.experiment import Experiment, split_keys
 from training.fewshot.trials import Trial, representative_trial
 from training.options.fewshot import FewShotOptions
 from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult
+from training.runs.progress import PlannedPhase
+from training.runs.run_files import FITTING, REPORTING
 
+REPORT_SECONDS = 3.0
 # The fields of a summary that are means over seeds, as attributes of a result.
 MEANS = {
     "calibration_error": "test.calibration_error",
@@ -30,17 +33,14 @@ def trials_of(options: FewShotOptions) -> list[Trial]:
     return [Trial(*key, method) for key in split_keys(options.data) for method in options.method.method]
 
 
-def seconds_left(results: Sequence[TrialResult], trials: Sequence[Trial]) -> float | None:
-    """Estimated seconds to fit `trials`; None while one of their methods has not been fitted yet.
-
-    Args:
-        results: of the finished trials.
-    """
+def phases(results: Sequence[TrialResult], trials: Sequence[Trial]) -> list[PlannedPhase]:
+    """The phases of a run, each trial with the mean duration of the finished `results` of its method, None without any."""
     durations: dict[tuple[str, Shots], list[float]] = {}
     for result in results:
         durations.setdefault((result.method, result.shots), []).append(result.seconds)
-    estimates = [durations.get((trial.method, trial.shots)) for trial in trials]
-    return round(sum(map(fmean, estimates)), 1) if all(estimates) else None
+    of_trials = [durations.get((trial.method, trial.shots)) for trial in trials]
+    fitting = [PlannedPhase(FITTING, seconds and fmean(seconds), index + 1) for index, seconds in enumerate(of_trials)]
+    return [*fitting, PlannedPhase(REPORTING, REPORT_SECONDS)]
 
 
 def report_of(

@@ -217,7 +217,7 @@ def fit_adapter(
     steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
     paged = options.model.quantize is not None
     trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate, paged)
-    directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes)
+    directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes, run)
     with directory.recording():
         train(accelerator, directory, trainable, loop_options(options, steps, trial.seed))
     trainable.method.round_trained()

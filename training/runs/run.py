@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.run_file import ResolvedOptions
 from pipelines.text_files import write_text_atomically
 from training.runs.durable import DiskFullError, free_bytes, is_disk_full
+from training.runs.progress import PlannedPhase, RunProgress
 from training.runs.record import RunRecord, list_checkpoints, update_status
 from training.runs.run_files import METRICS, LoggedMetrics, step_name
 from training.runs.tracking import log_image
@@ -30,15 +31,21 @@ class RunDirectory(RunRecord):
         path: the directory.
         writes: whether this process writes; only the main process of a run does.
         trackers: they get all metrics and images as well.
+        progress: of the run.
+        whole: the run that this one is a part of, such as a fold of cross-validation; None for a run of its own.
     """
 
     writes: bool = True
     trackers: list[GeneralTracker] = field(default_factory=list, compare=False)
+    progress: RunProgress = field(default_factory=RunProgress, compare=False)
+    whole: RunDirectory | None = field(default=None, compare=False)
 
     @classmethod
-    def create(cls, path: Path, options: Mapping[str, Any], writes: bool = True) -> RunDirectory:
+    def create(
+        cls, path: Path, options: Mapping[str, Any], writes: bool = True, whole: RunDirectory | None = None
+    ) -> RunDirectory:
         """Make the directory and write the resolved `options`, by group, to options.json."""
-        run = cls(path, writes)
+        run = cls(path, writes, whole=whole)
         if writes:
             run.samples.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
@@ -49,6 +56,25 @@ class RunDirectory(RunRecord):
         """Merge `fields` into status.json, with this process's id, its start time and a heartbeat (seconds since the epoch)."""
         if self.writes:
             update_status(self, **fields)
+
+    def plan(self, phases: Sequence[PlannedPhase]) -> None:
+        """Set the phases of the run."""
+        self.progress.expect(phases, self.status().share)
+
+    def begin(self, phase: str, number: int | None = None, **fields: Any) -> None:
+        """Report that `phase` begins, with `fields` for the status.
+
+        Args:
+            number: from 1, of a repeated phase.
+        """
+        self.progress.enter(phase, number)
+        self.update_status(phase=phase, **fields, **self.progress.fields())
+
+    def reach(self, step: int, total: int, first: int = 0) -> None:
+        """Report that a training has done `step` of `total` steps, of which an earlier session has done `first`."""
+        for run in filter(None, (self, self.whole)):
+            run.progress.reach(step / total, first / total)
+            run.update_status(**run.progress.fields(), **({"step": step, "total": total} if run is self else {}))
 
     def log(self, step: int, **values: float) -> None:
         """Append `values` at `step` to metrics.jsonl."""
@@ -97,7 +123,7 @@ class Recording:
             for tracker in self.run.trackers:
                 tracker.finish()
         if error is None:
-            self.run.update_status(state="done", phase="done")
+            self.run.update_status(state="done", phase="done", share=1.0, seconds_left=0.0)
             return
         full = isinstance(error, OSError) and is_disk_full(error)
         reported = DiskFullError(self._full_disk()) if full else error

@@ -17,12 +17,16 @@ from pipelines.errors import InputError
 from pipelines.run_file import RESTORE, RunFile
 from pipelines.run_options import STATUS
 from pipelines.subject.folder_entries import FolderAccount
+from training.runs.progress import PlannedPhase
 
 METRICS = "metrics.jsonl"
 SAMPLES, CHECKPOINTS, ADAPTERS, FOLDS = "samples", "checkpoints", "adapters", "folds"
 STEP = "step-"
-CROSS_VALIDATION = "cross_validation"
-FITTING = "fitting"
+# Phases of a run.
+LOADING, ENCODING, CALIBRATING, DRY_RUN = "loading", "encoding", "calibrating", "dry run"
+SAMPLING, CLASS_IMAGES, CROSS_VALIDATION, TRAINING = "sampling", "drawing class images", "cross_validation", "training"
+EXPORTING, COMPARING, CERTIFYING, UPLOADING = "exporting", "comparing", "certifying", "uploading"
+FITTING, REPORTING, FINDING_SETTINGS = "fitting", "writing the report", "looking for settings that fit"
 GB = 1e9
 # A sample counts as a copy if its thumbnail correlates this much with a training image's. Newly generated scenes of the same
 # subject stay below; slightly changed copies reach about this value.
@@ -47,7 +51,9 @@ class RunStatus(RunFile):
         state: "queued", "starting", "running", "done", "stopped" or "failed".
         phase: what it is doing, such as "training".
         step, total: of the training, or of a few-shot run's trials.
-        seconds_left: an estimate.
+        plan: the phases of the run in order; None in files of earlier versions.
+        share: of the whole run that is done, in [0, 1]; None before it can be estimated.
+        seconds_left: an estimate of the time to the end of the run; None before it is possible.
         fold, folds: with the phase "cross_validation": the fold that is trained, from 1, and how many there are.
         pid, pid_started, heartbeat: the process that wrote the status last: id, start time and time of writing.
         processes: how many processes train.
@@ -69,6 +75,8 @@ class RunStatus(RunFile):
     phase: str | None = None
     step: int | None = None
     total: int | None = None
+    plan: list[PlannedPhase] | None = None
+    share: float | None = None
     seconds_left: float | None = None
     fold: int | None = None
     folds: int | None = None
@@ -91,7 +99,8 @@ class RunStatus(RunFile):
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 1 named the fold, and the trial of a few-shot run, within its phase."""
+        """Make the phases objects. Version 1 named the fold, and the trial of a few-shot run, within its phase."""
+        values = values | {"plan": values.get("plan") and [PlannedPhase(**phase) for phase in values["plan"]]}
         if version > 1:
             return values
         phase = str(values.get("phase"))
@@ -156,6 +165,7 @@ class Suggestion(RunFile):
         curve: the held-out loss.
         scores: of the samples, by step, 0 being the base model.
         adapter: folder of the recommended step's adapter within the run; None if it was not saved.
+        unmeasured: why the last steps have no validation loss, as a sentence; None if they have, or no step has.
     """
 
     NAME: ClassVar[str] = "suggestion.json"
@@ -168,6 +178,7 @@ class Suggestion(RunFile):
     curve: list[Point] = field(default_factory=list)
     scores: dict[int, StepScores] = field(default_factory=dict)
     adapter: str | None = None
+    unmeasured: str | None = None
 
     @property
     def why(self) -> str:

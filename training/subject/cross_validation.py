@@ -16,11 +16,10 @@ from training.engine.loop import LoopOptions, Periodic, Trainable, train
 from training.engine.sharding import assign, summon_full_params
 from training.runs.run import RunDirectory
 from training.runs.run_files import CROSS_VALIDATION, FOLDS
+from training.subject.plan import FOLD_SHARE, fold_steps
 from training.subject.validation import measured_losses
 
 logger = get_logger(__name__)
-# The steps of a fold, as a share of those of the training.
-FOLD_SHARE = 0.5
 Fold = tuple[CachedLatents, CachedLatents]
 
 
@@ -49,10 +48,10 @@ def leave_one_out(
     start = {name: parameter.detach().clone() for name, parameter in loss.named_parameters() if parameter.requires_grad}
     short = dataclasses.replace(options, max_train_steps=fold_steps(options.max_train_steps))
     for index, (seen, heldout) in enumerate(folds):
-        part = RunDirectory.create(run.path / FOLDS / str(index), {"left_out": index}, run.writes)
+        part = RunDirectory.create(run.path / FOLDS / str(index), {"left_out": index}, run.writes, run)
         if _is_finished(part, short.max_train_steps):
             continue
-        run.update_status(phase=CROSS_VALIDATION, fold=index + 1, folds=len(folds))
+        run.begin(CROSS_VALIDATION, index + 1, fold=index + 1, folds=len(folds))
         trainable = prepare(seen)
         with summon_full_params(loss):
             measure = _measure(part, loss, seen, heldout, batch_size)
@@ -61,11 +60,6 @@ def leave_one_out(
         if part.writes:
             shutil.rmtree(part.checkpoints)
             shutil.rmtree(part.samples)
-
-
-def fold_steps(max_train_steps: int) -> int:
-    """The number of steps of one fold."""
-    return max(1, round(FOLD_SHARE * max_train_steps))
 
 
 def log_cost(folds: int) -> None:

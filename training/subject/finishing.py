@@ -23,7 +23,7 @@ from pipelines.subject.scores import ImageScorer
 from training.options import SubjectOptions
 from training.runs.card_text import CARD
 from training.runs.run import RunDirectory
-from training.runs.run_files import Suggestion
+from training.runs.run_files import CERTIFYING, COMPARING, EXPORTING, UPLOADING, Suggestion
 from training.subject.certificate import StockModel, certify
 from training.subject.checkpoint_selection import steps_to_sample
 from training.subject.image_scoring import suggest_for, write_suggestion
@@ -70,7 +70,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
 
     Raises: CertificateError if stock diffusers generates other images than the trained pipeline.
     """
-    run.update_status(phase="exporting")
+    run.begin(EXPORTING)
     adapters.save_everywhere(trained.pipeline, trained.components, run.path, title_of(run, options))
     subject = trained.subject_images[: len(trained.before)]
     rows = [
@@ -87,13 +87,13 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     rows += suggested_rows(run, trained, options, suggestion, images_by_step.get(suggestion.step))
     labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
     if options.validation.certify and has_exports(run):
-        run.update_status(phase="certifying")
+        run.begin(CERTIFYING)
         certify_run(run, trained, options)
     summarise(run, trained, options, suggestion)
     if options.validation.private or options.validation.push_to_hub:
         folder = assemble(run, options, trained.images, public_grid(rows, options))
         if options.validation.push_to_hub:
-            run.update_status(phase="uploading")
+            run.begin(UPLOADING)
             run.update_status(published=push_to_hub(folder, options.validation, title_of(run, options)))
 
 
@@ -128,7 +128,7 @@ def sample_candidates(run: RunDirectory, trained: Trained, options: SubjectOptio
     for step in steps_to_sample(
         heldout_curve(run), saved_steps(run), sample_scores(run), options.validation.num_candidate_images
     ):
-        run.update_status(phase="comparing")
+        run.begin(COMPARING)
         with using_adapter(trained.pipeline, adapter_at(run, step)):
             images_by_step[step] = trained.sampler.generate()
         trained.sampler.save(run, step, images_by_step[step])

@@ -26,11 +26,11 @@ from pipelines.subject.prompt_length import LongPrompt, long_prompts
 from training.options import SubjectOptions
 from training.options.data import DataOptions
 from training.runs.run import RunDirectory
-from training.runs.run_files import ImageChecks
+from training.runs.run_files import CLASS_IMAGES, ENCODING, ImageChecks
 from training.subject.cross_validation import log_cost
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHE, CLASS_IMAGES = "cache", "class_pictures"
+CACHE, CLASS_FOLDER = "cache", "class_pictures"
 logger = get_logger(__name__)
 
 
@@ -131,7 +131,7 @@ class Preparation:
         for prompt in report.long_prompts:
             logger.warning(prompt.summary())
         record_report(report, self.sampling.resolution, self.run)
-        self.run.update_status(phase="encoding")
+        self.run.begin(ENCODING)
         subject = self.encoder.encode(images.train, self.crop_config)
         central = CropConfig(self.crop_config.sizes, size_conditioning=self.crop_config.size_conditioning)
         return Encoded(subject, self.encoder.encode(images.heldout, central) if images.heldout else None)
@@ -158,12 +158,12 @@ class Preparation:
         data = self.options
         if not data.with_prior_preservation:
             return None
-        folder = Path(data.class_data_dir or self.run.path / CLASS_IMAGES)
+        folder = Path(data.class_data_dir or self.run.path / CLASS_FOLDER)
         prompts = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
         count = min(count or data.num_class_images, data.num_class_images)
         with without_adapters(self.pipeline):
             images = self._generated(ClassImages(folder, prompts, count, self.model, self.share))
-            self.run.update_status(phase="encoding")
+            self.run.begin(ENCODING)
             used, crop_sizes = in_sizes(images, sorted(set(sizes)))
             return self.encoder.encode(used, self.crop_config, crop_sizes)
 
@@ -172,7 +172,7 @@ class Preparation:
         missing = wanted.missing()
         self.accelerator.wait_for_everyone()
         if missing:
-            self.run.update_status(phase="drawing class images")
+            self.run.begin(CLASS_IMAGES)
             precision = self.options.prior_generation_precision
             pipeline = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
             make = partial(generate, pipeline, sampling=self.sampling, batch_size=self.options.sample_batch_size)

@@ -17,7 +17,7 @@ from training.runs.run import RunDirectory
 from training.runs.run_files import StepScores
 from training.subject.image_scoring import keep_adapter
 from training.subject.measured import metric_name
-from training.subject.samples import ValidationSampler, save_subject
+from training.subject.samples import ValidationSampler
 
 # Training images, and draws of noise for each, of the training loss that the validation loss is compared with.
 SEEN_IMAGES, SEEN_DRAWS = 4, 16
@@ -84,14 +84,12 @@ class ValidationCallback:
     scorer: ImageScorer | None = None
     batch_size: int = MEASURED_BATCH
 
-    def begin(self, before: Sequence[Image.Image], subject_images: Sequence[Image.Image]) -> None:
-        """Measure the base model and save its samples `before` and the training images, unless a resumed run has done so."""
+    def begin(self, before: Sequence[Image.Image]) -> None:
+        """Measure the base model and score its samples `before`, unless an earlier session has done so."""
         if not self.run.writes or self.run.metrics():
             return
         if self.heldout is not None:
             self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen, self.batch_size))
-        save_subject(self.run, subject_images)
-        self.sampler.save(self.run, 0, before)
         self._score(0, before)
 
     def measure(self, step: int) -> float | None:

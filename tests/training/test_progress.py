@@ -1,0 +1,110 @@
+"""One share and one remaining time for a whole run: they follow what was measured, and the share never falls."""
+
+from itertools import pairwise
+
+import pytest
+
+from training.options import SubjectOptions
+from training.runs.progress import PlannedPhase, RunProgress
+from training.runs.run import RunDirectory
+from training.runs.run_files import CROSS_VALIDATION, EXPORTING, LOADING, TRAINING, RunStatus
+from training.subject.plan import estimated_seconds, fold_steps, phases
+
+
+class Clock:
+    """A clock that a test turns on."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def planned(clock, *seconds, share=None):
+    progress = RunProgress(clock)
+    progress.expect([PlannedPhase(name, each) for name, each in zip("abcd", seconds, strict=False)], share)
+    return progress
+
+
+def looked(progress):
+    fields = progress.fields()
+    return fields["share"], fields["seconds_left"]
+
+
+def test_nothing_is_estimated_before_every_phase_has_an_estimate(clock):
+    progress = planned(clock, None, None)
+    progress.enter("a")
+    clock.now = 5.0
+    assert looked(progress) == (None, None)
+    progress.enter("b")
+    progress.estimate({"b": 15.0})
+    assert looked(progress) == (pytest.approx(0.25), 15.0)
+
+
+def test_a_phase_that_takes_longer_than_estimated_corrects_the_time_left(clock):
+    progress = planned(clock, 10.0, 10.0)
+    progress.enter("a")
+    clock.now = 10.0
+    progress.reach(0.5)
+    # Half trusted: the pace says 20 s, the estimate 10 s.
+    assert progress.seconds_left() == pytest.approx(0.5 * 15.0 + 10.0)
+    clock.now = 20.0
+    progress.reach(1.0)
+    assert looked(progress) == (pytest.approx(20 / 30), 10.0)
+
+
+def test_the_share_never_falls_and_ends_at_one(clock):
+    progress, shares = planned(clock, 10.0, 1.0, 1.0), []
+    for index, name in enumerate("abc"):
+        progress.enter(name)
+        for part in range(4):
+            clock.now += 2.0 + index
+            progress.reach((part + 1) / 4)
+            shares.append(progress.fields()["share"])
+    assert all(first <= second for first, second in pairwise(shares))
+    assert shares[-1] == 1.0
+
+
+def test_a_resumed_run_counts_what_an_earlier_session_did(clock):
+    progress = planned(clock, 10.0, 10.0, 10.0, share=0.4)
+    progress.enter("a")
+    assert looked(progress)[0] == 0.4
+    progress.enter("c")
+    progress.reach(0.5, first=0.5)
+    assert looked(progress) == (pytest.approx(15 / 20, abs=0.2), 5.0)
+
+
+def test_phases_of_unknown_length_that_are_repeated_count_alike(clock):
+    progress = RunProgress(clock)
+    progress.expect([PlannedPhase("trial", number=number) for number in (1, 2, 3, 4)])
+    progress.enter("trial", 3)
+    progress.reach(0.5)
+    assert looked(progress) == (0.625, None)
+
+
+def test_the_status_of_a_run_has_the_progress_of_its_parts(tmp_path):
+    run = RunDirectory.create(tmp_path, {})
+    run.plan([PlannedPhase(CROSS_VALIDATION, 10.0, number) for number in (1, 2)] + [PlannedPhase(TRAINING, 20.0)])
+    run.begin(CROSS_VALIDATION, 2, fold=2, folds=2)
+    RunDirectory.create(tmp_path / "folds" / "1", {}, whole=run).reach(5, 10)
+    status = RunStatus.read(tmp_path)
+    assert (status.phase, status.fold, status.step) == (CROSS_VALIDATION, 2, None)
+    assert 10 / 40 < status.share < 15 / 40
+    assert [phase.number for phase in status.plan] == [1, 2, None]
+    assert RunStatus.read(tmp_path / "folds" / "1").step == 5
+
+
+def test_a_subject_s_run_plans_its_folds_and_estimates_every_phase():
+    options = SubjectOptions()
+    plan, seconds = phases(options, 4), estimated_seconds(options, 0.5, 10.0, 3.0)
+    assert [phase.number for phase in plan if phase.name == CROSS_VALIDATION] == [1, 2, 3, 4]
+    assert {phase.name for phase in plan} < set(seconds)
+    assert seconds[LOADING] == 3.0
+    assert seconds[TRAINING] > options.optimisation.max_train_steps * 0.5
+    assert seconds[CROSS_VALIDATION] > fold_steps(options.optimisation.max_train_steps) * 0.5
+    assert seconds[EXPORTING] > 10.0
