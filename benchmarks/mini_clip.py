@@ -24,10 +24,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import CLIPTokenizer, HfArgumentParser
 
+from pipelines.built_in import BUILT_IN_CLIP
 from pipelines.corpus import corpus_scenes, part, photo_corpus, rendered_corpus, split_held_out, to_pixels
 from pipelines.errors import InputError
 from pipelines.images import read_image
-from pipelines.mini_clip import BUILT_IN_CLIP, CLIP, class_tokens, image_features, load_model
+from pipelines.mini_clip import CLIP, class_tokens, image_features, load_model
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
 from pipelines.mini_sdxl import RESOLUTION
 

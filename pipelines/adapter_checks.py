@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from pipelines.lazy_modules import nn, torch
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_checks import PEFT_ERRORS, check_rank, check_ranks_of_file, check_targets, check_tensors
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, read_native, write_native
 from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.run_options import Task
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 ADAPTER_NAME = "default"
 
 
-Losses = Callable[[int], Iterator[torch.Tensor]]
+Losses = Callable[[int], Iterator["torch.Tensor"]]
 
 
 def no_losses(count: int) -> Iterator[torch.Tensor]:

@@ -264,8 +264,8 @@ class AdapterOptions:
         fill_in(self, "subject", False, [self.method])
         if self.target_modules == []:
             raise InputError("target_modules must name at least one layer, got none.")
-        # Building the configuration checks all other options before any model is loaded.
-        self.create().config(self.target_modules or [])
+        # The method's options check themselves.
+        self.create()
 
     def create(self) -> AdapterMethod:
         """The method with its options."""

@@ -15,6 +15,9 @@ BUILT_IN_MODEL = ASSETS / "mini-sdxl"
 BUILT_IN = BUILT_IN_MODEL.name
 # The name of the built-in CLIP in options.
 BUILT_IN_CLIP_NAME = "mini"
+BUILT_IN_CLIP, CLIP_WEIGHTS = ASSETS / "mini-clip", "open_clip_model.safetensors"
+# The name of the image scorer that is the base model itself.
+BASE_SCORER = "base"
 
 
 def import_path() -> dict[str, str]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from nora_vision.files import PICKLE_SUFFIXES, read_json
 from pipelines import mini_clip
-from pipelines.built_in import BUILT_IN_CLIP_NAME
+from pipelines.built_in import BUILT_IN_CLIP, BUILT_IN_CLIP_NAME
 from pipelines.errors import InputError
 from pipelines.hub import HubModel, fetch, fetch_file, look_up
 
@@ -160,7 +160,7 @@ def load_clip(
     Raises: InputError if the model or its weights cannot be loaded.
     """
     if model == BUILT_IN or Path(model).is_dir():
-        clip = _from_folder(mini_clip.BUILT_IN_CLIP if model == BUILT_IN else Path(model), model, pretrained)
+        clip = _from_folder(BUILT_IN_CLIP if model == BUILT_IN else Path(model), model, pretrained)
     elif model.startswith(HUB):
         clip = _from_folder(_hub_folder(model.removeprefix(HUB)), model, pretrained)
     elif model in open_clip.list_models():

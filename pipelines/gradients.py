@@ -9,11 +9,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import Losses
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 
 if TYPE_CHECKING:
     from nora_vision.factors import Factors

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from pipelines.adapter_checks import matrix_size
 from pipelines.adapter_method import add_adapter
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 
 if TYPE_CHECKING:
     from peft import LoraConfig

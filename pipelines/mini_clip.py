@@ -17,12 +17,11 @@ from open_clip import CLIP
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from pipelines.built_in import ASSETS
+from pipelines.built_in import CLIP_WEIGHTS
 from pipelines.mini_sdxl import MAX_TOKENS, RESOLUTION
 from pipelines.text_files import read_text
 
-CONFIG_FILE, WEIGHTS_FILE, VISION_FOLDER = "open_clip_config.json", "open_clip_model.safetensors", "vision"
-BUILT_IN_CLIP = ASSETS / "mini-clip"
+CONFIG_FILE, WEIGHTS_FILE, VISION_FOLDER = "open_clip_config.json", CLIP_WEIGHTS, "vision"
 EMBED_DIM, TEXT_WIDTH, TEXT_LAYERS = 192, 128, 2
 # timm resolves a folder against the working directory: this path is right in a checkout.
 SHIPPED_VISION = f"local-dir:assets/mini-clip/{VISION_FOLDER}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from pipelines.lazy_modules import torch
 
 if TYPE_CHECKING:
     from peft import PeftConfig

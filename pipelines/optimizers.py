@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
+from pipelines.lazy_modules import nn, torch
 from pipelines.packages import installed
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from pipelines.errors import InputError
 
@@ -45,3 +47,10 @@ def one_of(options: object, allowed: Sequence[str], *names: str) -> None:
         value = getattr(options, name)
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def check_choices(options: Any) -> None:
+    """Raise InputError if a field of the dataclass `options` with choices has another value."""
+    for field in fields(options):
+        if "choices" in field.metadata:
+            one_of(options, field.metadata["choices"], field.name)

@@ -8,12 +8,10 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import Losses, Probe, adapters_off
 from pipelines.errors import InputError
 from pipelines.gradients import cached_factors, cached_ranks, check_differentiable, mean_gradients, origin_of
+from pipelines.lazy_modules import nn, torch
 
 if TYPE_CHECKING:
     from nora_vision.calibration import ActivationStatistics

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_checks import targeted_layers
 from pipelines.adapter_method import AdapterMethod, Probe, tuner_layers
+from pipelines.lazy_modules import nn, torch
 from pipelines.lora_conversion import add_as_lora
 from pipelines.scalable_layers import make_scalable
 

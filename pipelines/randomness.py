@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-import torch
+
+from pipelines.lazy_modules import torch
 
 
 class RandomStream(IntEnum):

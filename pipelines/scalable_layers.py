@@ -5,15 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import tuner_layers
+from pipelines.lazy_modules import nn, torch
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 CONVOLUTION = ("groups", "kernel_size", "stride", "padding", "dilation")
 
 
@@ -44,7 +41,7 @@ class ScalableLayer:
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus the scaled changes of the active adapters."""
-        if x.dtype in HALF_PRECISION and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(x.device.type):
             # Outside of autocast, some layers of PEFT multiply trained float32 values by half-precision buffers, or the reverse.
             with torch.autocast(x.device.type, x.dtype):
                 return self.forward(x, *args, **kwargs)

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_checks import PEFT_ERRORS, check_tensors
 from pipelines.adapter_method import ADAPTER_NAME, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.lora_conversion import add_as_lora
 from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, NativeFiles, read_native, write_native
 from pipelines.peft_method import LARGEST_SEED, PeftMethod, skeleton_of

@@ -15,13 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from torch.nn.utils import parametrize
-
 from pipelines.adapter_method import AdapterMethod, MethodTraining, Probe, tuner_layers
 from pipelines.errors import InputError
 from pipelines.gradients import cached_factors, origin_of
+from pipelines.lazy_modules import nn, no_grad, parametrizations, parametrize, torch
 from pipelines.lora_conversion import as_lora
 from pipelines.native_files import FULL, METHOD_KEY, write_native
 from pipelines.peft_method import seeded
@@ -151,36 +148,12 @@ def unfolded(layer: LoraLayer, rank: int, scaling: float, adapter_name: str) -> 
     return Linear(copied, adapter_name, config, r=rank, lora_alpha=scaling * rank)
 
 
-class RowsLessStart(nn.Module):
-    """A (r, ...) becomes [A; A - A_0] (2r, ...)."""
-
-    def __init__(self, start: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("start", start.detach().clone())
-
-    def forward(self, trained: torch.Tensor) -> torch.Tensor:
-        """(2r, ...)"""
-        return torch.cat([trained, trained - self.start])
-
-
-class ColumnsLessStart(RowsLessStart):
-    """B (out, r, ...) becomes [B - B_0, B_0] (out, 2r, ...).
-
-    Its product with [A; A - A_0] is B A - B_0 A_0. It is exactly zero at step 0, and small at all steps: in half precision, where
-    files may be loaded, [B, -B_0] and [A; A_0] would leave the rounding error of two large products.
-    """
-
-    def forward(self, trained: torch.Tensor) -> torch.Tensor:
-        """(out, 2r, ...)"""
-        return torch.cat([trained - self.start, self.start], dim=1)
-
-
-@torch.no_grad()
+@no_grad
 def subtract_start(layer: LoraLayer, factors: Factors, adapter_name: str) -> None:
     """Train A and B of `layer` from `factors`, up (out, k) and down (k, in), less their product; k is at most r."""
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     count = len(factors.down)
     A.weight.flatten(1)[:count] = factors.down.to(A.weight)
     B.weight.flatten(1)[:, :count] = factors.up.to(B.weight)
-    for module, with_start in ((A, RowsLessStart), (B, ColumnsLessStart)):
+    for module, with_start in ((A, parametrizations.RowsLessStart), (B, parametrizations.ColumnsLessStart)):
         parametrize.register_parametrization(module, "weight", with_start(module.weight), unsafe=True)

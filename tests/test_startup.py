@@ -15,7 +15,6 @@ COMMANDS = (
     "pipelines.fewshot.classify",
     "pipelines.subject.image_checks",
 )
-# PEFT, diffusers, transformers' models and open_clip import torch.compile's parts, and bitsandbytes where it is installed.
 SLOW = (
     "accelerate",
     "bitsandbytes",
@@ -28,8 +27,7 @@ SLOW = (
     "scipy",
     "sklearn",
     "tensorboard",
-    "torch._dynamo",
-    "torch._inductor",
+    "torch",
     "torchvision",
     "transformers.modeling_utils",
     "transformers.trainer",
@@ -56,3 +54,18 @@ def test_help_imports_no_model_library():
     imported = re.findall("^imported: (.*)$", done.stdout, re.MULTILINE)
     slow = [(command, sorted(set(SLOW) & set(names.split()))) for command, names in zip(COMMANDS, imported, strict=True)]
     assert [(command, names) for command, names in slow if names] == []
+
+
+def test_the_options_of_all_methods_need_no_model_library():
+    script = """
+import sys
+from training.options import SubjectOptions
+from training.options.fewshot import FewShotOptions
+SubjectOptions(), FewShotOptions()
+print(*sys.modules)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert {"torch", "transformers", "safetensors", *SLOW}.isdisjoint(done.stdout.split())

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -24,6 +23,7 @@ from pipelines.fewshot.loading import walk
 from pipelines.file_names import display_path
 from pipelines.help_format import HelpFormatter
 from pipelines.images import has_image_name, read_image
+from pipelines.lazy_modules import torch
 from pipelines.output_paths import check_output_file
 from pipelines.run_options import check_task
 from pipelines.tables import harmless

@@ -10,9 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
@@ -21,6 +19,7 @@ from pipelines.fewshot.prompts import clean_name
 from pipelines.fewshot.sources import DatasetSource
 from pipelines.fewshot.split_words import Part
 from pipelines.images import IMAGE_SUFFIXES, read_image
+from pipelines.lazy_modules import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def read(image: LabelledImage) -> Image.Image:
     return read_image(io.BytesIO(source.content()), name, source.max_pixels)
 
 
-class LabelledImageDataset(Dataset):
+class LabelledImageDataset:
     """Dataset of (transformed image, label).
 
     Args:

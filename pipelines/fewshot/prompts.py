@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch.nn import functional as F
-
 from pipelines.errors import InputError
+from pipelines.lazy_modules import functional as F
+from pipelines.lazy_modules import torch
 
 BLANK = "{}"
 PHOTO = "a photo of a {}."

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from pipelines.errors import InputError
 from pipelines.fewshot.data import LabelledImage, LabelledSet
 from pipelines.fewshot.layouts import LISTED, counted, listed
 from pipelines.fewshot.split_files import read_json
 from pipelines.fewshot.split_words import PARTS, Part
+from pipelines.lazy_modules import torch
 from pipelines.randomness import keyed_generator
 
 Shots = int | Literal["all"]

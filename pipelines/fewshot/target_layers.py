@@ -11,6 +11,7 @@ from pipelines.methods import method_named
 IMAGE, TEXT = "image", "text"
 ENCODERS = {IMAGE: (IMAGE,), TEXT: (TEXT,), "both": (IMAGE, TEXT)}
 PROJECTIONS = ["q", "k", "v"]
+ALL_PROJECTIONS = (*PROJECTIONS, "out")
 
 
 @dataclass
@@ -31,14 +32,11 @@ class TargetLayers:
     _argument_group_name = "target_layers"
 
     def __post_init__(self) -> None:
-        # Imported here: open_clip takes a second to import, and --help does not need it.
-        from pipelines.clip_attention import LAYERS
-
         if self.encoders not in ENCODERS:
             raise InputError(f"encoders must be one of {', '.join(ENCODERS)}, got {self.encoders!r}.")
-        unknown = [name for name in self.projections or () if name not in LAYERS]
+        unknown = [name for name in self.projections or () if name not in ALL_PROJECTIONS]
         if unknown or self.projections == []:
-            raise InputError(f"projections must be one or more of {', '.join(LAYERS)}, got {unknown or 'none'}.")
+            raise InputError(f"projections must be one or more of {', '.join(ALL_PROJECTIONS)}, got {unknown or 'none'}.")
         if not re.fullmatch(r"all|last-[1-9]\d*|\d+-\d+", self.layers):
             raise InputError(f"layers must be all, last-N or A-B, such as last-4 or 0-5, got {self.layers!r}.")
 

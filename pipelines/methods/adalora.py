@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining, Probe, TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.lora_conversion import add_as_lora
 from pipelines.native_files import FULL, METHOD_KEY, NativeFiles, read_native, write_native
 from pipelines.option_checks import above_zero, at_least, below_one

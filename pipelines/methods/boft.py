@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
 from pipelines.block_size import BlockSizeOptions, block_misfit
+from pipelines.lazy_modules import nn, torch
 from pipelines.option_checks import at_least
 from pipelines.peft_method import PeftMethod
 from pipelines.run_options import Task

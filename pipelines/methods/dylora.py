@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import ADAPTER_NAME, LowRankOptions, MethodTraining, TaskDefaults, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.methods.lora import Lora, lora_config
 from pipelines.native_files import CONFIG, FULL, METHOD_KEY, read_native, write_native
 from pipelines.run_options import Task

@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, Probe, option, tuner_layers
 from pipelines.errors import InputError
 from pipelines.gradients import cached_factors, origin_of
+from pipelines.lazy_modules import nn, torch
 from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import matrix_shape
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.option_checks import above_zero, at_least
 from pipelines.peft_method import LARGEST_SEED, PeftMethod
 from pipelines.run_options import Task

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import functional as F
+from pipelines.lazy_modules import nn, torch
 from pipelines.peft_method import PeftMethod
 from pipelines.run_options import Task
 

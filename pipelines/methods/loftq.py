@@ -8,11 +8,9 @@ quantised models has the same equation, but computes on GPUs only and without s.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import Probe, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, no_grad, torch
 from pipelines.methods.lora import Lora
 
 
@@ -51,7 +49,7 @@ class LoftQ(Lora):
                 start_at_residual(layer, weights(base_name(name)), adapter_name)
 
 
-@torch.no_grad()
+@no_grad
 def start_at_residual(layer: nn.Module, weight: torch.Tensor, adapter_name: str) -> None:
     """Set A and B of one layer to the best factors of W - Q(W) of their rank; `weight` W is (out, in)."""
     from nora_vision.quantization import dequantized_weight

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import (
     ADAPTER_NAME,
     AdapterMethod,
@@ -19,6 +16,7 @@ from pipelines.adapter_method import (
     option,
     tuner_layers,
 )
+from pipelines.lazy_modules import nn, no_grad, torch
 from pipelines.option_checks import above_zero
 from pipelines.run_options import Task
 
@@ -161,7 +159,7 @@ class ProjectedGradients(MethodTraining):
     Here it comes before the run's own optimiser, whichever that is; PEFT has an AdamW of its own, and inverts in bfloat16.
     """
 
-    @torch.no_grad()
+    @no_grad
     def after_backward(self, step: int) -> None:
         """Replace the gradient of B (m, r) of every layer."""
         for layer in (layer for model in self.models for layer in tuner_layers(model).values()):

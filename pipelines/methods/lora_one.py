@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import (
     ADAPTER_NAME,
     Losses,
@@ -29,6 +26,7 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
+from pipelines.lazy_modules import nn, no_grad, torch
 from pipelines.methods.lora import Lora, lora_config
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
@@ -182,7 +180,7 @@ class Preconditioning(MethodTraining):
         super().__init__(models, total_steps)
         self.damping = damping
 
-    @torch.no_grad()
+    @no_grad
     def after_backward(self, step: int) -> None:
         """Replace the gradients of A (r, n) and B (m, r)."""
         for layer in (layer for model in self.models for layer in tuner_layers(model).values()):
@@ -198,7 +196,7 @@ class Preconditioning(MethodTraining):
             B.grad.copy_(of_B.view_as(B))
 
 
-@torch.no_grad()
+@no_grad
 def copy_factors(factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
     """Copy the factors into the first rows of A and columns of B; the others are unchanged."""
     A, B = layer.lora_A[adapter_name].weight.flatten(1), layer.lora_B[adapter_name].weight.flatten(1)

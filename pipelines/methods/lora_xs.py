@@ -6,14 +6,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from pipelines.adapter_method import LowRankOptions, MethodTraining, Probe, TaskDefaults
+from pipelines.inner_forms import check_scaling
+from pipelines.lazy_modules import nn
 from pipelines.methods.nora import Nora
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+class LoraXsOptions(LowRankOptions):
+    """Options of LoRA-XS."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scaling(self.alpha)
 
 
 class LoraXs(Nora):
@@ -29,7 +37,7 @@ class LoraXs(Nora):
     needs_quantization = False
     without_effect: frozenset[str] = frozenset()
     parameters = "rank * rank"
-    Options = LowRankOptions
+    Options = LoraXsOptions
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
+from pipelines.lazy_modules import torch
 from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import SubtractedStart
 

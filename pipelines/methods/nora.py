@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from pipelines.adapter_method import (
@@ -22,8 +20,10 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.errors import InputError
+from pipelines.inner_forms import check_inner_form, check_scaling, check_slice
+from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import COMPACT, FULL
-from pipelines.option_checks import above_zero, at_least, one_of, within
+from pipelines.option_checks import above_zero, at_least, below_one, check_choices, one_of, within
 from pipelines.outer_factors import GradientBasis, cached_statistics, set_ranks_under_budget
 from pipelines.progress import shown_by
 from pipelines.run_options import Task
@@ -45,6 +45,7 @@ OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
 CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
 WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
 GRADIENT_SCALES = ("mean", "gradient")
+BASES = ("weight", "gradient", "mixed")
 # In the state of a checkpoint.
 DECOMPOSITION = "decomposition"
 # Options that are fields of `NoraConfig` too.
@@ -139,7 +140,7 @@ class NoraOptions:
         "weight",
         "what the outer factors are taken from: weight, gradient (of the training loss at the base model), or mixed",
         "NoRA basis (of the outer factors)",
-        choices=("weight", "gradient", "mixed"),
+        choices=BASES,
     )
     gradient_batches: int = option(
         0, "batches for the mean gradient of the bases gradient and mixed; 0 for those of one epoch", "Gradient batches"
@@ -166,16 +167,21 @@ class NoraOptions:
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "rank", "inner_r")
+        check_choices(self)
+        at_least(self, 1, "rank", "inner_r", "inner_blocks", "num_subspaces", "parameter_budget")
+        below_one(self, "dropout")
+        check_scaling(self.alpha)
+        check_slice(self.outer_slice, self.basis)
+        check_inner_form(self)
         at_least(self, 0, "gradient_batches")
-        at_least(self, 1, "parameter_budget")
         above_zero(self, "lora_plus_ratio")
-        one_of(self, GRADIENT_SCALES, "gradient_scale")
         within(self, 0, 1, "gradient_share")
-        # The base calibration has the diagonal scale alone.
-        one_of(self, ("diagonal",) if self.calibration == "base" else WEIGHTINGS, "weighting")
-        one_of(self, CALIBRATIONS, "calibration")
-        one_of(self, INNER_DTYPES, "inner_dtype")
+        if self.calibration == "base":
+            # It has the diagonal scale alone.
+            one_of(self, ("diagonal",), "weighting")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.preserve_output and self.inner_dtype != "float32":
             raise InputError(
                 "inner_dtype must be float32 with preserve_output, whose weight change is the small difference of two products, "

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
+from pipelines.lazy_modules import nn, torch
 from pipelines.option_checks import at_least, below_one
 from pipelines.peft_method import PeftMethod
 from pipelines.run_options import Task

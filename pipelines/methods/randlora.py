@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.peft_method import LARGEST_SEED, PeftMethod
 from pipelines.run_options import Task
@@ -153,12 +151,12 @@ def _generate_in_float32(model: nn.Module, config: PeftConfig, adapter_name: str
         bases[adapter_name] = (values / values.std()).to(bases[adapter_name].device, torch.float32)
 
 
-def _digest(model: nn.Module, adapter_name: str, dtype: torch.dtype = torch.float32) -> str:
-    """The digest of A and B in this precision."""
+def _digest(model: nn.Module, adapter_name: str, dtype: torch.dtype | None = None) -> str:
+    """The digest of A and B in this precision, by default float32."""
     from pipelines.cache import digest_of
 
-    A, B = _bases(model, adapter_name)
-    return digest_of({"A": A[adapter_name].to(dtype), "B": B[adapter_name].to(dtype)})
+    A, B = (bases[adapter_name].to(torch.float32 if dtype is None else dtype) for bases in _bases(model, adapter_name))
+    return digest_of({"A": A, "B": B})
 
 
 METHOD = Randlora

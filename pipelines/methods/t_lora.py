@@ -15,10 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.nn.utils import parametrize
-
 from pipelines.adapter_method import (
     ADAPTER_NAME,
     LowRankOptions,
@@ -29,12 +25,13 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, no_grad, parametrizations, parametrize, torch
 from pipelines.lora_conversion import as_lora
 from pipelines.methods.lora import Lora, lora_config
 from pipelines.native_files import FULL, METHOD_KEY, NativeFiles, read_native, write_native
 from pipelines.option_checks import at_least
 from pipelines.run_options import Task
-from pipelines.subtracted_start import ColumnsLessStart, RowsLessStart, check_groups, matrix_shape
+from pipelines.subtracted_start import check_groups, matrix_shape
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -105,7 +102,10 @@ class TLora(Lora):
         super().attach(model, config, adapter_name, generator)
         for name, layer in tuner_layers(model).items() if self.options.ortho_lora else ():
             check_groups(layer, name)
-            for module, with_start in ((layer.lora_A, ScaledRowsLessStart), (layer.lora_B, ColumnsLessStart)):
+            for module, with_start in (
+                (layer.lora_A, parametrizations.ScaledRowsLessStart),
+                (layer.lora_B, parametrizations.ColumnsLessStart),
+            ):
                 weight = module[adapter_name].weight
                 parametrize.register_parametrization(module[adapter_name], "weight", with_start(weight.float()), unsafe=True)
 
@@ -184,18 +184,6 @@ def schedule_of(files: NativeFiles, source: Path) -> RankSchedule:
     return RankSchedule(int(rank), int(minimum), rows // int(rank))
 
 
-class ScaledRowsLessStart(RowsLessStart):
-    """A (r, ...) becomes [S A; S A - S_0 A_0] (2r, ...). Its product with [B - B_0, B_0] is B S A - B_0 S_0 A_0."""
-
-    def __init__(self, start: torch.Tensor) -> None:
-        super().__init__(start)
-        self.scales = nn.Parameter(torch.ones(len(start), device=start.device))
-
-    def forward(self, trained: torch.Tensor) -> torch.Tensor:
-        """(2r, ...)"""
-        return super().forward(self.scales.reshape(-1, *(1,) * (trained.ndim - 1)) * trained)
-
-
 class SmallestScales:
     """S_0: the r smallest singular values of a matrix R of entries N(0, 1 / r^2), one R for all weights of a shape.
 
@@ -215,7 +203,7 @@ class SmallestScales:
         return self._of_shape[rows, columns]
 
 
-@torch.no_grad()
+@no_grad
 def fill_rows(weight: torch.Tensor, count: int, generator: torch.Generator) -> None:
     """Set the first `count` rows of `weight` (r, ...), or as many as can be, to orthonormal ones."""
     sample = torch.randn(weight[0].numel(), len(weight), generator=generator)
@@ -223,7 +211,7 @@ def fill_rows(weight: torch.Tensor, count: int, generator: torch.Generator) -> N
     weight[: len(rows)] = rows.reshape(-1, *weight.shape[1:]).to(weight)
 
 
-@torch.no_grad()
+@no_grad
 def start_orthonormal(A: nn.Module, B: nn.Module, scales: torch.Tensor, generator: torch.Generator) -> None:
     """Set A_0, B_0 and S_0, and subtract them; rows beyond the k `scales` start as in LoRA, with a zero column of B."""
     rows, columns = A.parametrizations.weight, B.parametrizations.weight
@@ -318,7 +306,7 @@ def following(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Timestep{kind.__name__}", (TimestepLayer, kind), {})
 
 
-@torch.no_grad()
+@no_grad
 def average_factors(layer: LoraLayer, adapter_name: str) -> Factors | None:
     """The factors of mean_t(s B M_t A) = s B mean(M_t) A, the fixed change with the least mean squared distance to s B M_t A.
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from pipelines.adapter_method import TaskDefaults, option
+from pipelines.lazy_modules import torch
 from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.run_options import Task
 from pipelines.shared_state import SharedStateMethod

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import TaskDefaults, option
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.peft_method import targeted_layers
 from pipelines.run_options import Task

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
-
 from pipelines.adapter_method import Probe, TaskDefaults, option
 from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, torch
 from pipelines.option_checks import at_least, below_one
 from pipelines.peft_method import LARGEST_SEED
 from pipelines.run_options import Task

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from pipelines.image_decoding import upright_size
 from pipelines.images import opened_image, read_image
+from pipelines.lazy_modules import torch
 
 SizeConditioning = Literal["image", "target"]
 

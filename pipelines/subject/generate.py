@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -22,6 +21,7 @@ from pipelines.deprecated_flags import current_arguments
 from pipelines.errors import InputError
 from pipelines.help_format import HelpFormatter
 from pipelines.images import as_grid, save_image
+from pipelines.lazy_modules import torch
 from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 from pipelines.prompt_syntax import command_line_warnings
 from pipelines.subject.generation_request import Sampling

@@ -7,25 +7,25 @@ Unreadable images are left out of training; every other problem is reported with
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
 from pipelines.file_names import display_path
 from pipelines.help_format import HelpFormatter
 from pipelines.image_formats import UnsupportedFormatError
 from pipelines.images import read_image_with_notes
+from pipelines.lazy_modules import transformers
 from pipelines.output_paths import check_output_file
 from pipelines.subject.caption_files import read_captions
 from pipelines.subject.folder_entries import FolderAccount
@@ -168,8 +168,7 @@ def check_images(
     scan = scan_folder(folder, class_data_dir)
     account = read_captions(scan).account
     files = [(path, subject.name) for path, subject in images_of(scan)]
-    loader = DataLoader(_CheckedImages(files), batch_size=None, num_workers=workers)
-    checked = list(tqdm(loader, desc="checking images", delay=5, total=len(files)))
+    checked = list(tqdm(_check_all(files, workers), desc="checking images", delay=5, total=len(files)))
     others = [_other_format(path) for path in account.of_kind("other_format")]
     checked = _with_duplicates(checked)
     findings = [finding for subject in dict(files).values() for finding in _set_findings(subject, checked)]
@@ -180,17 +179,12 @@ def check_images(
     return report if resolution is None else report.for_resolution(resolution)
 
 
-class _CheckedImages(Dataset):
-    """Checks image files, for worker processes."""
-
-    def __init__(self, files: Sequence[tuple[Path, str]]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> _CheckedImage:
-        return _check_image(*self.files[index])
+def _check_all(files: Sequence[tuple[Path, str]], workers: int) -> Iterator[_CheckedImage]:
+    if not workers:
+        yield from itertools.starmap(_check_image, files)
+        return
+    with ProcessPoolExecutor(workers) as processes:
+        yield from processes.map(_check_image, *zip(*files, strict=True))
 
 
 def _check_image(path: Path, subject: str) -> _CheckedImage:
@@ -274,7 +268,7 @@ def _set_findings(subject: str, checked: list[_CheckedImage]) -> list[Finding]:
     if len(thumbnails) < MIN_IMAGES:
         count = f"{len(thumbnails)} image{'' if len(thumbnails) == 1 else 's'}"
         return [Finding("few_pictures", f"There {'is' if len(thumbnails) == 1 else 'are'} {count} of {subject!r}.", advice)]
-    variety = np.mean([np.abs(first - second).mean() for first, second in combinations(thumbnails, 2)])
+    variety = np.mean([np.abs(first - second).mean() for first, second in itertools.combinations(thumbnails, 2)])
     if variety >= MIN_VARIETY:
         return []
     return [Finding("low_variety", f"The images of {subject!r} are very similar.", advice)]
@@ -327,7 +321,9 @@ def command() -> None:
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--folder")
-    parser = HfArgumentParser(ImageCheckOptions, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = transformers.HfArgumentParser(
+        ImageCheckOptions, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     try:
         main(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
     except InputError as error:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from pipelines.errors import InputError
+from pipelines.lazy_modules import safetensors
 
 if TYPE_CHECKING:
     from diffusers.configuration_utils import ConfigMixin
@@ -136,7 +135,7 @@ def read_prediction(path: Path, strict: bool = True) -> Prediction:
         strict: whether an unknown prediction type in the header is an error.
     Raises: InputError for an unknown prediction type, if `strict`.
     """
-    with safe_open(path, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         # Some files put them under the prefix of the UNet.
         tensors = file.keys()
         names = {next((key for key in KEYS if name.endswith(f".{key}")), name): name for name in tensors}
@@ -157,7 +156,7 @@ def _warn_of_header(path: Path, in_header: str | None) -> None:
         )
 
 
-def _edm_sigmas(file: safe_open, names: Mapping[str, str]) -> tuple[float, float] | None:
+def _edm_sigmas(file: safetensors.safe_open, names: Mapping[str, str]) -> tuple[float, float] | None:
     """The smallest and the largest noise level in the file's tensors; None if there are none."""
     if SIGMA_MAX_KEY not in names:
         return None

@@ -18,6 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch.nn import functional
 
+from pipelines.built_in import BASE_SCORER
 from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import PromptEmbeddings, encode_images, encode_prompts
@@ -33,7 +34,6 @@ THUMBNAIL = 16
 # The sides of a cropped copy as a share of the image's sides.
 CROPPED = 0.9
 # Given in place of a model's name, it selects scoring by the base model.
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -249,12 +249,12 @@ def create_image_scorer(
     resolution: int,
     batch_size: int = CLASSIFIER_SAMPLES,
 ) -> ImageScorer:
-    """The image scorer of a run: the base model if `name` is `BASE`, else the model of that name (see `load_embedder`).
+    """The image scorer of a run: the base model if `name` is `BASE_SCORER`, else the model of that name (see `load_embedder`).
 
     The other arguments are those of `BaseModelScorer`.
     Raises: InputError if the model cannot be loaded.
     """
-    embedder = None if name == BASE else load_embedder(name)
+    embedder = None if name == BASE_SCORER else load_embedder(name)
     if embedder is not None and embedder.reads_text:
         return EmbeddingScorer(embedder, references)
     base = BaseModelScorer(pipeline, references, others, resolution, batch_size)

@@ -15,7 +15,7 @@ from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIP
 
 from pipelines import mini_clip
 from pipelines.backgrounds import BACKGROUNDS
-from pipelines.built_in import BUILT_IN_MODEL
+from pipelines.built_in import BASE_SCORER, BUILT_IN_MODEL
 from pipelines.errors import InputError
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 from pipelines.scenes import COLOURS, Toy, render_toy, sample_toy
@@ -23,7 +23,6 @@ from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.embedders import OpenClipEmbedder, load_embedder
 from pipelines.subject.scores import (
-    BASE,
     BaseModelScorer,
     EmbeddingScorer,
     copy_scores,
@@ -162,7 +161,7 @@ def mini_folder(tmp_path, monkeypatch):
     mini_clip.write_configuration(folder, reduced_tokenizer([PROMPT_WORDS]))
     torch.manual_seed(0)
     save_file(mini_clip.new_model(folder).state_dict(), folder / mini_clip.WEIGHTS_FILE)
-    monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", folder)
+    monkeypatch.setattr("pipelines.clip.BUILT_IN_CLIP", folder)
     return folder
 
 
@@ -197,7 +196,7 @@ def test_dino_scores_the_subject_and_the_base_model_scores_the_prompt(tmp_path):
     images, prompts = [noise(0), noise(1)], ["a red star", "snow"]
     pipe = tiny_pipeline()
     judge = create_image_scorer(str(tmp_path), pipe, images[:1], [noise(9)], 16)
-    base = create_image_scorer(BASE, pipe, images[:1], [noise(9)], 16)
+    base = create_image_scorer(BASE_SCORER, pipe, images[:1], [noise(9)], 16)
     assert isinstance(base, BaseModelScorer)
     assert isinstance(judge, EmbeddingScorer)
     found = judge.scores(images, prompts)

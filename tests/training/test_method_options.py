@@ -1,8 +1,10 @@
 """The options of adapter methods as flags of both recipes, and the method in the loop."""
 
 import dataclasses
+import itertools
 import logging
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 from nora_vision.factors import low_rank_factors
 from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, tuner_layers
 from pipelines.adapter_options import AdapterOptions, flag_of
+from pipelines.errors import InputError
 from pipelines.methods import method_named, method_names
 from pipelines.subject import adapters
 from training.fewshot.adapter_training import to_train
@@ -46,6 +49,36 @@ def test_each_method_of_a_comparison_has_its_own_defaults_whatever_other_methods
     kind = method_named(method)
     defaults = kind.defaults("few-shot", options.model.is_built_in).options
     assert options.adapter(method).create().options == kind.Options(**defaults)
+
+
+EXTREMES = {
+    "int": [-1, 0, 1, 2, 3, 5, 64, 2**31 - 1],
+    "float": [-1.0, 0.0, 0.5, 1.0, 1e300],
+    "str": ["", "x", "0/1", "1/2", "2/1"],
+    "bool": [False, True],
+}
+
+
+def some_values(method, option):
+    hint = typing.get_type_hints(method_named(method).Options)[option.name]
+    kinds = [kind.__name__ for kind in (typing.get_args(hint) or [hint])]
+    return [*option.metadata.get("choices", ()), *(value for kind in kinds for value in EXTREMES.get(kind, ()))]
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_options_that_are_accepted_make_a_configuration(method):
+    # PEFT and nora_vision check their configurations too, but only after seconds of imports.
+    kind, accepted = method_named(method), 0
+    for first, second in itertools.combinations_with_replacement(dataclasses.fields(kind.Options), 2):
+        for values in itertools.product(some_values(method, first), some_values(method, second)):
+            given = dict(zip((flag_of(first, "subject"), flag_of(second, "subject")), values, strict=True))
+            try:
+                options = AdapterOptions(method, **given)
+            except InputError:
+                continue
+            accepted += 1
+            options.create().config(["to_q"])
+    assert accepted or not dataclasses.fields(kind.Options)
 
 
 def test_an_option_that_no_chosen_method_has_is_named_with_those_that_have_it():

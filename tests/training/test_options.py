@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from pipelines import mini_clip
 from pipelines.adapter_options import AdapterOptions
-from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL
+from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, CLIP_WEIGHTS
 from pipelines.errors import InputError
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
@@ -60,9 +59,9 @@ def validation(*flags):
 
 def test_the_default_image_scorer_is_the_built_in_clip_for_the_built_in_model_and_else_the_base_model(tmp_path, monkeypatch):
     other = ("--pretrained_model_name_or_path", "owner/model")
-    monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", tmp_path)
+    monkeypatch.setattr("training.options.validation.BUILT_IN_CLIP", tmp_path)
     assert validation() == ("base", BUILT_IN_CANDIDATES)
-    (tmp_path / mini_clip.WEIGHTS_FILE).touch()
+    (tmp_path / CLIP_WEIGHTS).touch()
     assert validation() == ("mini", BUILT_IN_CANDIDATES)
     assert validation(*other) == ("base", CANDIDATES)
     assert CANDIDATES < BUILT_IN_CANDIDATES

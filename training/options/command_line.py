@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import HfArgumentParser
-
 from pipelines.deprecated_flags import current_arguments
 from pipelines.help_format import USAGE, HelpFormatter
+from pipelines.lazy_modules import transformers
 from training.options.file import as_flags
 
 Options = TypeVar("Options")
@@ -28,7 +27,7 @@ def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, de
     """Parse the command line; an invalid option ends the program with a message and exit code 2."""
     groups = groups_of(kind)
     text = {"description": description, "usage": USAGE, "formatter_class": HelpFormatter}
-    parser = HfArgumentParser(tuple(groups.values()), allow_abbrev=False, **text)
+    parser = transformers.HfArgumentParser(tuple(groups.values()), allow_abbrev=False, **text)
     parser.add_argument(
         "--options_file",
         help="A .json or .yaml file of options, such as the options.json of a run to be repeated. Flags on the command line take "
@@ -43,7 +42,7 @@ def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, de
         parser.error(str(error))
 
 
-def _flags_of_file(given: list[str], parser: HfArgumentParser, names: list[str]) -> list[str]:
+def _flags_of_file(given: list[str], parser: transformers.HfArgumentParser, names: list[str]) -> list[str]:
     """The options in the file given as --options_file, as flags; empty without one."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--options_file", type=Path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipelines.built_in import BASE_SCORER, BUILT_IN_CLIP, BUILT_IN_CLIP_NAME, CLIP_WEIGHTS
 from pipelines.errors import InputError
 from pipelines.option_checks import at_least
 
@@ -73,13 +74,9 @@ class ValidationOptions:
         images unlike its training data, and a better CLIP is not downloaded unasked, so the base model itself scores them.
         They also take longer to generate, so fewer are compared.
         """
-        # Imported here: these modules take seconds to import, and --help does not need them.
-        from pipelines import mini_clip
-        from pipelines.clip import BUILT_IN
-        from pipelines.subject.scores import BASE
-
         if self.image_scorer is None:
-            self.image_scorer = BUILT_IN if built_in and (mini_clip.BUILT_IN_CLIP / mini_clip.WEIGHTS_FILE).is_file() else BASE
+            has_scorer = built_in and (BUILT_IN_CLIP / CLIP_WEIGHTS).is_file()
+            self.image_scorer = BUILT_IN_CLIP_NAME if has_scorer else BASE_SCORER
         if self.num_candidate_images is None:
             self.num_candidate_images = BUILT_IN_CANDIDATES if built_in else CANDIDATES
 

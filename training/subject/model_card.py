@@ -9,13 +9,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from nora_vision.approximation import LeftOut
-from pipelines.built_in import is_built_in, portable_name
-from pipelines.clip import BUILT_IN
+from pipelines.built_in import BASE_SCORER, BUILT_IN_CLIP_NAME, is_built_in, portable_name
 from pipelines.methods import method_named, title_of
 from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.prediction import Prediction
-from pipelines.subject.scores import BASE
 from pipelines.text_files import write_text_atomically
 from training.options import NEW_SCENES, SubjectOptions
 from training.runs.card_text import CARD, as_text
@@ -149,8 +147,8 @@ def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData
 
 def scorer_name(name: str, private: bool = False) -> str:
     """The image scorer, without its path and, if `private`, without its name."""
-    if name in (BASE, BUILT_IN):
-        return "the base model itself" if name == BASE else "the built-in CLIP"
+    if name in (BASE_SCORER, BUILT_IN_CLIP_NAME):
+        return "the base model itself" if name == BASE_SCORER else "the built-in CLIP"
     if private:
         return "a CLIP or DINOv2 model"
     library, _, weights = name.partition("/") if name.startswith(OPEN_CLIP) else ("", "", name)
