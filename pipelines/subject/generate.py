@@ -21,7 +21,7 @@ from pipelines.deprecated_flags import current_arguments
 from pipelines.errors import InputError
 from pipelines.help_format import HelpFormatter
 from pipelines.images import as_grid, save_image
-from pipelines.lazy_modules import torch
+from pipelines.lazy_modules import no_grad, torch
 from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 from pipelines.prompt_syntax import command_line_warnings
 from pipelines.subject.generation_request import Sampling
@@ -118,7 +118,7 @@ def generate(
         ).images
 
 
-@torch.no_grad()
+@no_grad
 def preview(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> Image.Image:
     """A small image of the first of `latents` (batch_size, 4, height, width) during denoising.
 
