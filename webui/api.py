@@ -18,7 +18,9 @@ from pipelines.errors import InputError
 from pipelines.subject.generation_request import GenerationRequest
 from webui import launching, photo_uploads, uploads
 from webui.context import AppContext, show_errors
+from webui.datasets import Dataset
 from webui.generation import reference_of, request_for, steps_of
+from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
 from webui.workspace import Workspace
 
@@ -226,27 +228,24 @@ def _with_images(
         return options
     if task == "classify":
         return _with_classes(workspace, options, files)
-    folder = workspace.new_image_set()
-    added = photo_uploads.add_photos(folder, files)
+    dataset = Dataset(workspace.new_image_set())
+    added = photo_uploads.add_photos(dataset, files)
     if added.refused:
         raise InputError(added.refused[0])
-    from webui.image_dataset import SubjectDataset
-
-    SubjectDataset(folder).seal()
-    return {**options, "data": {**options.get("data", {}), "instance_data_dir": str(folder.absolute())}}
+    dataset.seal()
+    return {**options, "data": {**options.get("data", {}), "instance_data_dir": str(dataset.folder.absolute())}}
 
 
 def _with_classes(workspace: Workspace, options: dict[str, dict[str, Any]], files: list[Path]) -> dict[str, dict[str, Any]]:
-    from webui import class_presets, class_sets
+    from webui import class_presets
 
     if len(files) != 1:
         raise InputError(f"Images for a classifier must be one zip with a folder per class, got {len(files)} files.")
-    folder = workspace.new_image_set()
-    added = uploads.add_zip(folder, files[0])
+    dataset = Dataset(workspace.new_image_set())
+    added = uploads.add_zip(dataset, files[0])
     if added.refused:
         raise InputError(added.refused[0])
-    classes = class_sets.find(workspace, folder.name)
-    if not class_sets.is_ready(classes):
-        raise InputError(class_sets.warnings(classes)[0])
-    class_sets.update_split_after_upload(folder, added)
+    classes = uploaded_classes(dataset)
+    if not classes.is_ready:
+        raise InputError(classes.warnings()[0])
     return class_presets.completed(classes, options, options)

@@ -6,7 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from webui.image_dataset import SubjectDataset, thumbnail
+from webui.datasets import Dataset
+from webui.render import thumbnail
 
 if TYPE_CHECKING:
     from webui.work.photos import CheckedImage
@@ -64,14 +65,14 @@ def escaped(text: str) -> str:
     return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def cards(photos: SubjectDataset, checked: Mapping[str, CheckedImage] | None, together: Sequence[str] = ()) -> str:
+def cards(photos: Dataset, checked: Mapping[str, CheckedImage] | None, together: Sequence[str] = ()) -> str:
     """All photos as cards in their order, below the findings about the whole dataset.
 
     Args:
         checked: the results of the image checks by file; None while they run.
         together: findings about the whole dataset.
     """
-    entries = photos.entries()
+    entries = photos.photos()
     if not entries:
         return EMPTY
     set_findings = "".join(f"<p>{escaped(sentence)}</p>" for sentence in together)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from markupsafe import Markup
+
 from pipelines.methods import method_names, title_of
 from training.runs.fewshot_files import ImagePrediction, TrialResult
 from webui.class_results import CONTROL, ZERO_SHOT, Result, source_of
 from webui.curves import Series, plot
-from webui.labelled_classes import LabelledClasses
-from webui.thumbnails import image, images
+from webui.labelled_datasets import LabelledClasses
+from webui.render import parts, tile
 
 BASELINES = {
     "zeroshot": "Zero-shot: no training, only the class names",
@@ -235,10 +237,10 @@ def _tested(result: Result, matches: Sequence[ImagePrediction]) -> str:
     names = result.classes
     figures = []
     for one in matches:
-        tile = image(source_of(result.record, one), f"a test image of {names[one.true]}")
+        image = tile(source_of(result.record, one), f"a test image of {names[one.true]}")
         truth = "" if one.is_right else f"true class {html.escape(names[one.true])}, "
-        figures.append((tile, f"{truth}predicted <b>{html.escape(names[one.predicted])}</b> ({share(one.confidence)})"))
-    return images(figures)
+        figures.append((image, Markup(f"{truth}predicted <b>{html.escape(names[one.predicted])}</b> ({share(one.confidence)})")))
+    return parts.tiles(figures)
 
 
 def calibration(result: Result) -> str:
@@ -271,12 +273,12 @@ def class_cards(classes: LabelledClasses, right: Mapping[str, tuple[int, int]], 
     cards = []
     for one in classes.classes:
         stride = max(1, len(one.images) // each)
-        some = [(image(source, f"an image of {one.name}"), "") for source in one.images[::stride][:each]]
+        some = [(tile(source, f"an image of {one.name}"), "") for source in one.images[::stride][:each]]
         recognised = right.get(one.key)
         untrained = f"<span class='quiet'>zero-shot: {recognised[0]} of {recognised[1]} correct</span>" if recognised else ""
         count = f"{len(one.images)} image{'' if len(one.images) == 1 else 's'}"
         cards.append(
             f"<section class='class-card'><header><b>{html.escape(one.name)}</b> <span>{count}</span> {untrained}</header>"
-            f"{images(some, 'small')}</section>"
+            f"{parts.tiles(some, 'small')}</section>"
         )
     return f"<div class='class-cards'>{''.join(cards)}</div>"

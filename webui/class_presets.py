@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.methods import DEFAULT as DEFAULT_METHOD
 from pipelines.methods import REFERENCE, title_of
 from webui.draft import Options, merged
-from webui.labelled_classes import LabelledClasses
+from webui.labelled_datasets import LabelledClasses
 from webui.presets import Preset, Value
 
 BASELINES = ["zeroshot", "pixels", "linear_probe"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,16 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
-from pipelines.text_files import write_text_atomically
+from pipelines.fewshot.sources import DatasetSource
 from training.runs.record import RunRecord
-from webui import class_presets, class_sets, panel
+from webui import class_presets, panel
 from webui.class_results import named_source, result_of
-from webui.class_sets import SPLIT
 from webui.context import AppContext
+from webui.datasets import Dataset
 from webui.draft import Options, merged
-from webui.image_datasets import add_class, read_set
-from webui.labelled_classes import EXAMPLE
+from webui.labelled_datasets import EXAMPLE, class_datasets, dataset_of_run, find_classes, uploaded_classes
 from webui.runs import RunView, views
-from webui.uploads import add_images
+from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
 NEW_RUN = "NEW-RUN"
@@ -78,7 +75,7 @@ def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
 
 def set_of(workspace: Workspace, draft: object) -> str:
     """The id of a draft's dataset; if it is gone, the user's newest dataset, or the example."""
-    datasets = class_sets.class_sets(workspace)
+    datasets = class_datasets(workspace)
     wanted = draft.get("set") if isinstance(draft, dict) else None
     return wanted if wanted in (EXAMPLE, *datasets) else next(iter(datasets), EXAMPLE)
 
@@ -91,7 +88,7 @@ def complete(workspace: Workspace, draft: dict[str, Any], options: Options) -> O
         options: the preset's and the user's options, merged.
     """
     chosen = draft.get("options") or {}
-    return class_presets.completed(class_sets.find(workspace, set_of(workspace, draft)), options, chosen)
+    return class_presets.completed(find_classes(workspace, set_of(workspace, draft)), options, chosen)
 
 
 def values_of(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], Options]:
@@ -112,11 +109,9 @@ def start(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any])
     """
     from webui import launching
 
-    classes = class_sets.find(workspace, set_of(workspace, draft))
-    if not class_sets.is_ready(classes):
-        raise InputError(class_sets.warnings(classes)[0])
-    if classes.kind == "own":
-        class_sets.update_split(classes.data_dir)
+    classes = find_classes(workspace, set_of(workspace, draft))
+    if not classes.is_ready:
+        raise InputError(classes.warnings()[0])
     draft, values = values_of(context, workspace, draft)
     return draft, launching.start(workspace, "classify", values)
 
@@ -160,51 +155,62 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
     result = result_of(record)
     if result is None:
         raise InputError("This run is not done yet. Wait until it is.")
-    folder = _folder_to_correct(workspace, record)
-    _add_corrections(folder, files)
+    dataset = _dataset_to_correct(workspace, record)
+    _add_corrections(dataset, files)
     options = launching.duplicate(workspace, record.path.name)
     data = {name: value for name, value in options.get("data", {}).items() if name not in DATASET_OPTIONS}
     values = class_presets.completed(
-        class_sets.uploaded_set(folder),
+        uploaded_classes(dataset),
         merged({**options, "data": data}, {"data": {"shots": ["all"]}}),
         {"data": {"shots": ["all"]}},
     )
-    return folder.name, launching.start(workspace, "classify", values)
+    return dataset.folder.name, launching.start(workspace, "classify", values)
 
 
-def _folder_to_correct(workspace: Workspace, record: RunRecord) -> Path:
-    """The folder of the uploaded dataset that the run used; for any other dataset, a new folder with copies of its images."""
-    set_id = class_sets.set_of_run(workspace, record)
-    is_own = set_id not in (None, EXAMPLE) and class_sets.read_pointer(workspace.image_set(set_id)) is None
-    return workspace.image_set(set_id) if is_own else copied_set(workspace, record)
+def _dataset_to_correct(workspace: Workspace, record: RunRecord) -> Dataset:
+    """The uploaded dataset that the run used; for any other dataset, a new one with copies of its images."""
+    set_id = dataset_of_run(workspace, record)
+    if set_id not in (None, EXAMPLE):
+        dataset = Dataset.of(workspace, set_id)
+        if dataset.content().local_folder is None:
+            return dataset
+    return copied_dataset(workspace, record)
 
 
-def _add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
-    """Add the corrected images, by the name of their class, to the dataset in `folder`."""
-    keys = {one.name: one.folder for one in read_set(folder).classes}
-    missing = [name for name in files if name not in keys]
+def _add_corrections(dataset: Dataset, files: Mapping[str, Sequence[Path]]) -> None:
+    """Add the corrected images, by the name of their class, to the training images of a dataset."""
+    folders = {one.name: one.folder for one in dataset.content().classes}
+    missing = [name for name in files if name not in folders]
     if missing:
         raise InputError(f"The class {missing[0]} is no longer in the dataset. Add it again under Images.")
-    added = class_sets.add_corrections(folder, {keys[name]: paths for name, paths in files.items()})
+    added = Added()
+    for name, paths in files.items():
+        added.extend(add_images(dataset, paths, folders[name], "train"))
     if not added.names:
         raise InputError(f"None of the images could be added: {added.refused[0]}")
 
 
-def copied_set(workspace: Workspace, record: RunRecord) -> Path:
-    """Copy the images that a run used to a new dataset with the same test split; returns its folder.
+def copied_dataset(workspace: Workspace, record: RunRecord) -> Dataset:
+    """Copy the images that a run used to a new dataset with the same test split.
 
     Raises: InputError if the images are gone.
     """
     split, names = _classifier_split(record)
-    folder = workspace.new_image_set()
+    dataset = Dataset(workspace.new_image_set())
     try:
-        parts = {part: _copied(record, folder, split[part], names) for part in ("test", "train", "val")}
-        listed = {"train": parts["train"] + parts["val"], "test": parts["test"]}
-        write_text_atomically(folder / SPLIT, json.dumps(listed, indent=1))
+        for part in ("test", "train", "val"):
+            by_class: dict[str, list[DatasetSource]] = {}
+            for name, _, key in split[part]:
+                by_class.setdefault(key, []).append(_source(record, name))
+            for key, sources in by_class.items():
+                folder = dataset.add_class(names.get(key, key))
+                added = add_images(dataset, sources, folder, "test" if part == "test" else "train")
+                if added.refused:
+                    raise InputError(f"{GONE} {added.refused[0]}")
     except InputError:
-        shutil.rmtree(folder)
+        dataset.delete()
         raise
-    return folder
+    return dataset
 
 
 def _classifier_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
@@ -215,28 +221,11 @@ def _classifier_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], di
     return split, dict(zip(split["keys"], result.classes, strict=False))
 
 
-def _copied(record: RunRecord, folder: Path, listed: Iterable[Sequence[Any]], names: Mapping[str, str]) -> list[list[str]]:
-    """Copy images of a run into a dataset; returns their new file names and class folders."""
-    by_class: dict[str, list[str]] = {}
-    for name, _, key in listed:
-        by_class.setdefault(key, []).append(name)
-    copies = []
-    for key, paths in by_class.items():
-        made = add_class(folder, names.get(key, key))
-        with tempfile.TemporaryDirectory() as scratch:
-            files = []
-            for position, name in enumerate(paths):
-                files.append(Path(scratch) / f"{position:06d}{Path(name).suffix}")
-                files[-1].write_bytes(_content(record, name))
-            copies += [[name, made] for name in add_images(folder, files, made).names]
-    return copies
-
-
-def _content(record: RunRecord, name: str) -> bytes:
+def _source(record: RunRecord, name: str) -> DatasetSource:
     try:
         source = named_source(record, name)
-        if source is not None:
-            return source.content()
     except (InputError, OSError) as error:
         raise InputError(GONE) from error
-    raise InputError(GONE)
+    if source is None:
+        raise InputError(GONE)
+    return source

@@ -6,6 +6,7 @@ Gradio, the only folder that the server exposes.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,12 +20,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from pipelines.errors import InputError
+from pipelines.fewshot.sources import DatasetSource, ImageFile
+from pipelines.image_decoding import decode
+from pipelines.images import opened_image
 from training.subject.measured import Sample
 
 # A component whose template says {{value}} evaluates these in its value, as Handlebars or as a JavaScript template string.
 TEMPLATE_CHARACTERS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
-# For a table cell of samples, and for a large place, on a screen with two device pixels per CSS pixel.
-SMALL_SIDE, LARGE_SIDE = 384, 512
+# For a table cell of samples, for a large place, and for a tile of a dataset, on a screen with two device pixels per CSS pixel.
+SMALL_SIDE, LARGE_SIDE, TILE_SIDE = 384, 512, 128
 # Images up to this side are enlarged without smoothing.
 CRISP_SIDE = 128
 
@@ -69,40 +74,65 @@ def address(cached: str) -> str:
     return f"gradio_api/file={quote(cached)}"
 
 
-def thumbnail(path: Path, side: int = SMALL_SIDE) -> str:
-    """The URL of an image, downscaled to at most `side` pixels."""
-    return address(_cached(_thumbnail, path, side))
+def thumbnail(source: Path | DatasetSource, side: int = SMALL_SIDE) -> str:
+    """The URL of an image of any format, downscaled to at most `side` pixels.
+
+    Raises: InputError if it cannot be read; OSError if it no longer exists.
+    """
+    return address(_cached(_thumbnail, source, side)[0])
 
 
 def enlarged(path: Path, side: int = LARGE_SIDE) -> str:
     """The cached copy of an image for a large place; small images are enlarged without smoothing."""
-    return _cached(_enlarged, path, side)
+    return _cached(_enlarged, path, side)[0]
 
 
-def _cached(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
+def small(source: DatasetSource) -> tuple[str, bool] | None:
+    """The cached copy of an image for a tile, and whether the image is smaller than the tile; None if it cannot be read."""
+    try:
+        cached, longest = _cached(_thumbnail, source, 2 * TILE_SIDE)
+    except (OSError, InputError):
+        return None
+    return cached, longest < TILE_SIDE
+
+
+def tile(source: DatasetSource | None, alt: str) -> Markup:
+    """An image for a tile, or a note if it no longer exists."""
+    cached = None if source is None else small(source)
+    return parts.gone_image() if cached is None else parts.image(address(cached[0]), alt, "tiny" if cached[1] else "")
+
+
+def _cached(make: Callable[..., tuple[str, int]], source: Path | DatasetSource, side: int) -> tuple[str, int]:
     """The cached result of `make`; made again if Gradio has deleted it because it was not used for a day."""
-    cached = make(path, path.stat().st_mtime_ns, side)
-    if not Path(cached).exists():
+    path = source.path if isinstance(source, ImageFile) else source
+    changed = path.stat().st_mtime_ns if isinstance(path, Path) else 0
+    result = make(source, changed, side)
+    if not Path(result[0]).exists():
         make.cache_clear()
-        cached = make(path, path.stat().st_mtime_ns, side)
-    os.utime(cached)
-    return cached
+        result = make(source, changed, side)
+    os.utime(result[0])
+    return result
 
 
 @lru_cache(maxsize=256)
-def _enlarged(path: Path, changed: int, side: int) -> str:
+def _enlarged(path: Path, changed: int, side: int) -> tuple[str, int]:
     with Image.open(path) as image:
-        if max(image.size) > CRISP_SIDE:
-            return in_cache(path)
-        factor = -(-side // max(image.size))
+        longest = max(image.size)
+        if longest > CRISP_SIDE:
+            return in_cache(path), longest
+        factor = -(-side // longest)
         large = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        return save_pil_to_cache(large, get_upload_folder(), format="png")
+        return save_pil_to_cache(large, get_upload_folder(), format="png"), longest
 
 
 @lru_cache(maxsize=4096)
-def _thumbnail(path: Path, changed: int, side: int) -> str:
-    with Image.open(path) as image:
-        if max(image.size) <= side:
-            return in_cache(path)
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return save_pil_to_cache(image.convert("RGB"), get_upload_folder(), format="webp")
+def _thumbnail(source: Path | DatasetSource, changed: int, side: int) -> tuple[str, int]:
+    """The cached copy, and the longest side of the image itself."""
+    content = source if isinstance(source, Path) else io.BytesIO(source.content())
+    with opened_image(content, "The image") as opened:
+        longest = max(opened.size)
+        # A JPEG is decoded at a lower resolution; other formats ignore it.
+        opened.draft(None, (2 * side, 2 * side))
+        image = decode(opened).image
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return save_pil_to_cache(image, get_upload_folder(), format="webp" if longest > side else "png"), longest

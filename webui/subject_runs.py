@@ -11,8 +11,8 @@ from pipelines.errors import InputError
 from training.runs.record import RunRecord
 from webui import costs, panel, presets
 from webui.context import AppContext
+from webui.datasets import Dataset
 from webui.draft import Draft, Options, check_words, merged
-from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 # A hidden folder below the runs, so that it is not listed as one.
@@ -27,7 +27,7 @@ def source(context: AppContext) -> panel.FieldSource:
 def complete(workspace: Workspace, stored: dict[str, Any], options: Options) -> Options:
     """All options that a run is started with, from the stored draft and the options that differ from the defaults."""
     draft = Draft.from_browser(stored)
-    photos = SubjectDataset.of(workspace, draft.set)
+    photos = Dataset.of(workspace, draft.set)
     return draft.values(None if photos.is_example else photos.folder, options)
 
 
@@ -51,8 +51,8 @@ def start(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> 
 
     draft = Draft.from_browser(stored)
     draft.check()
-    photos = SubjectDataset.of(workspace, draft.set)
-    if not photos.entries():
+    photos = Dataset.of(workspace, draft.set)
+    if not photos.photos():
         raise InputError("There are no photos yet. Add three to ten photos of one subject under Photos.")
     stored, values = values_of(context, workspace, stored)
     photos.seal()
@@ -81,7 +81,7 @@ def dry_run_of(context: AppContext, workspace: Workspace, stored: dict[str, Any]
     draft = Draft.from_browser(stored)
     check_words(draft.trigger, draft.kind)
     values = values_of(context, workspace, stored)[1]
-    photos = SubjectDataset.of(workspace, draft.set)
+    photos = Dataset.of(workspace, draft.set)
     content = json.dumps([_checked(workspace, values), photos.signature()], sort_keys=True)
     return values, RunRecord(workspace.runs / DRY_RUNS / hashlib.sha256(content.encode()).hexdigest()[:20])
 

@@ -18,8 +18,7 @@ from training.fewshot.report import summary_of
 from training.runs.fewshot_files import DatasetSummary, FewShotReport, TrialResult, ValidationResult
 from training.runs.record import RunRecord
 from training.runs.run_files import RunStatus
-from webui.class_sets import update_split
-from webui.image_datasets import add_class
+from webui.datasets import Dataset
 from webui.uploads import add_images
 
 COLOURS = {"ruby": (200, 40, 40), "leaf": (40, 180, 60), "sea": (40, 70, 200)}
@@ -53,13 +52,17 @@ def colour_folder(folder, each=12, names=COLOURS):
 
 
 def colour_set(workspace, scratch, each=6, names=COLOURS):
-    """Upload a dataset with these classes; returns its folder."""
-    folder = workspace.new_image_set()
+    """Upload a dataset with these classes."""
+    dataset = Dataset(workspace.new_image_set())
     given = colour_folder(scratch, each, names)
     for name in names:
-        add_images(folder, sorted((given / name).iterdir()), add_class(folder, name))
-    update_split(folder)
-    return folder
+        add_images(dataset, sorted((given / name).iterdir()), dataset.add_class(name))
+    return dataset
+
+
+def images_of(dataset, part):
+    """The files of the training or test images of a dataset."""
+    return {image.file for image in dataset.content().images() if image.part == part}
 
 
 def trial_in(run, method, images, logits, classes, temperature=0.5):

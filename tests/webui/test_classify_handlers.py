@@ -8,7 +8,7 @@ from class_folders import COLOURS, colour_folder, colour_set, colour_zip, colour
 from listeners import listener
 
 from webui import launching
-from webui.image_datasets import read_set
+from webui.datasets import Dataset
 from webui.page import build_page
 from webui.settings import Settings
 
@@ -42,9 +42,9 @@ def record(workspace, tmp_path):
 
 
 def test_train_starts_the_displayed_command(page, workspace, tmp_path, monkeypatch):
-    folder, started = colour_set(workspace, tmp_path / "given"), []
+    dataset, started = colour_set(workspace, tmp_path / "given"), []
     monkeypatch.setattr(launching, "start", lambda workspace, task, values: started.append((task, values)) or "run")
-    draft = {**DRAFT, "set": folder.name}
+    draft = {**DRAFT, "set": dataset.id}
     describe = listener(page, "class_train", "describe")
     assert describe("photos", draft, None) == (gr.skip(),) * 4
     about, preset, _, command = describe("classify", draft, None)
@@ -53,15 +53,15 @@ def test_train_starts_the_displayed_command(page, workspace, tmp_path, monkeypat
     listener(page, "class_train", "start")(draft, None)
     ((task, values),) = started
     assert task == "classify"
-    assert f"--data_dir {folder.absolute()}" in command
+    assert f"--data_dir {dataset.folder.absolute()}" in command
     assert f"--class_names {' '.join(values['data']['class_names'])}" in command
     assert values["data"]["shots"] == ["all"]
 
 
 def test_no_run_starts_on_a_dataset_that_is_not_ready(page, workspace, tmp_path):
-    folder = colour_set(workspace, tmp_path / "given", each=2)
+    dataset = colour_set(workspace, tmp_path / "given", each=2)
     with pytest.raises(gr.Error, match="Training needs at least 3 per class"):
-        listener(page, "class_train", "start")({**DRAFT, "set": folder.name}, None)
+        listener(page, "class_train", "start")({**DRAFT, "set": dataset.id}, None)
 
 
 def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing(page, workspace, tmp_path):
@@ -69,7 +69,7 @@ def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing(page, workspac
     before = len(list(workspace.sets.glob("*/set.json"))) if workspace.sets.is_dir() else 0
     draft, said, _ = take(str(colour_zip(tmp_path / "a.zip", 4)), {**DRAFT, "set": "example"}, None)
     assert "12 images added" in said
-    assert [one.name for one in read_set(workspace.image_set(draft["set"])).classes] == sorted(COLOURS)
+    assert [one.name for one in Dataset.of(workspace, draft["set"]).content().classes] == sorted(COLOURS)
     (tmp_path / "b.zip").write_text("no zip")
     with pytest.raises(gr.Error, match="not a zip"):
         take(str(tmp_path / "b.zip"), {**DRAFT, "set": "example"}, None)

@@ -4,17 +4,18 @@ import csv
 import json
 import re
 import zipfile
+from pathlib import Path
 
 import pytest
 from browsing import go_to, quiet, reload
-from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier
+from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier, images_of
 from playwright.sync_api import expect
 from processes import wait_for
 
 from training.runs.run_files import Launch
 from webui import class_files
 from webui.class_results import result_of, source_of
-from webui.class_sets import read_split
+from webui.datasets import Dataset
 from webui.workspace import Workspace
 
 SOON, TRAINED = 180_000, 600_000
@@ -130,8 +131,8 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
     screenshot(page, "each/classify-use")
     page.locator("#classify-again").click()
     expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
-    folder = workspace.image_set(json.loads((run.path / "options.json").read_text())["data"]["data_dir"].rsplit("/", 1)[1])
-    tested = read_split(folder)["test"]
+    data_dir = json.loads((run.path / "options.json").read_text())["data"]["data_dir"]
+    tested = images_of(Dataset(Path(data_dir)), "test")
     newest, *_ = workspace.run_ids()
     assert newest != run_id
     again = workspace.run(newest)

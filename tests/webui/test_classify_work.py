@@ -1,7 +1,7 @@
 """Classification for the page: zero-shot with the built-in model, and with the classifier of a run."""
 
 import pytest
-from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier
+from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier, images_of
 from small_runs import untrained_classifier
 
 from pipelines.clip import load_clip
@@ -9,8 +9,9 @@ from pipelines.errors import InputError
 from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.inputs import GivenImageSet
 from pipelines.fewshot.prompts import make_prompts
-from webui import class_runs, class_sets
-from webui.image_datasets import read_set, rename_class
+from webui import class_runs
+from webui.datasets import Dataset
+from webui.labelled_datasets import class_datasets, uploaded_classes
 from webui.work import classify as work
 from webui.workspace import Workspace
 
@@ -36,12 +37,12 @@ def record(workspace, images):
 
 
 def test_the_zero_shot_result_is_that_of_plain_open_clip(workspace, tmp_path):
-    folder = colour_set(workspace, tmp_path / "given")
-    found = work.zero_shot(class_sets.uploaded_set(folder))
+    dataset = colour_set(workspace, tmp_path / "given")
+    found = work.zero_shot(uploaded_classes(dataset))
     clip = load_clip("mini")
     texts = prompt_features(clip, make_prompts(list(COLOURS)))
-    for label, one in enumerate(read_set(folder).classes):
-        given = GivenImageSet([folder / entry.file for entry in one.images], clip.preprocess)
+    for label, one in enumerate(dataset.content().classes):
+        given = GivenImageSet([dataset.folder / entry.file for entry in one.images], clip.preprocess)
         own = (image_features(clip, given)[0] @ texts.T).argmax(dim=1)
         assert found.by_class[one.folder] == (int((own == label).sum()), 6)
     assert found.count == 18
@@ -49,20 +50,20 @@ def test_the_zero_shot_result_is_that_of_plain_open_clip(workspace, tmp_path):
 
 
 def test_renaming_a_class_changes_the_zero_shot_result(workspace, tmp_path):
-    folder = colour_set(workspace, tmp_path / "given", names=("ruby", "sea"))
-    rename_class(folder, "c00", "a plain red image")
-    rename_class(folder, "c01", "a plain blue image")
-    named = work.zero_shot(class_sets.uploaded_set(folder))
-    rename_class(folder, "c00", "swap")
-    rename_class(folder, "c01", "a plain red image")
-    rename_class(folder, "c00", "a plain blue image")
-    swapped = work.zero_shot(class_sets.uploaded_set(folder))
+    dataset = colour_set(workspace, tmp_path / "given", names=("ruby", "sea"))
+    dataset.rename_class("c00", "a plain red image")
+    dataset.rename_class("c01", "a plain blue image")
+    named = work.zero_shot(uploaded_classes(dataset))
+    dataset.rename_class("c00", "swap")
+    dataset.rename_class("c01", "a plain red image")
+    dataset.rename_class("c00", "a plain blue image")
+    swapped = work.zero_shot(uploaded_classes(dataset))
     assert named.right + swapped.right == named.count
 
 
 def test_zero_shot_needs_two_classes(workspace, tmp_path):
     with pytest.raises(InputError, match="at least two classes"):
-        work.zero_shot(class_sets.uploaded_set(colour_set(workspace, tmp_path / "given", names=("ruby",))))
+        work.zero_shot(uploaded_classes(colour_set(workspace, tmp_path / "given", names=("ruby",))))
 
 
 def test_rows_list_the_most_likely_classes_and_name_unusable_files(record, images, tmp_path):
@@ -119,33 +120,32 @@ def started(monkeypatch):
 
 
 def test_corrected_images_become_training_images_of_the_uploaded_dataset(workspace, started, tmp_path):
-    folder = colour_set(workspace, tmp_path / "given")
-    keys = {one.folder: one.name for one in read_set(folder).classes}
-    record = finished_classifier(workspace, folder, keys)
-    tested = class_sets.read_split(folder)["test"]
+    dataset = colour_set(workspace, tmp_path / "given")
+    keys = {one.folder: one.name for one in dataset.content().classes}
+    record = finished_classifier(workspace, dataset.folder, keys)
+    tested = images_of(dataset, "test")
     new = tmp_path / "new.png"
     new.write_bytes(coloured("sea", 99))
-    assert class_runs.train_again(workspace, record, {"sea": [new]}) == (folder.name, "new-run")
+    assert class_runs.train_again(workspace, record, {"sea": [new]}) == (dataset.id, "new-run")
     (((task, options)),) = started
     assert task == "classify"
     assert options["data"] == {
         "seeds": [0],
         "shots": ["all"],
-        "data_dir": str(folder.absolute()),
+        "data_dir": str(dataset.folder.absolute()),
         "class_names": ["c00=ruby", "c01=leaf", "c02=sea"],
     }
-    assert len(read_set(folder).classes[2].images) == 7
-    assert class_sets.read_split(folder)["test"] == tested
+    assert len(dataset.content().classes[2].images) == 7
+    assert images_of(dataset, "test") == tested
 
 
 def test_correcting_a_run_on_a_local_folder_copies_it_with_the_same_test_split(workspace, record, started, images, tmp_path):
     new = tmp_path / "new.png"
     new.write_bytes(coloured("ruby", 99))
     set_id, _ = class_runs.train_again(workspace, record, {"ruby": [new]})
-    folder = workspace.image_set(set_id)
-    assert [len(one.images) for one in read_set(folder).classes] == [9, 8, 8]
-    kept = class_sets.read_split(folder)
-    assert (len(kept["test"]), len(kept["train"])) == (24, 1)
+    dataset = Dataset.of(workspace, set_id)
+    assert [len(one.images) for one in dataset.content().classes] == [9, 8, 8]
+    assert (len(images_of(dataset, "test")), len(images_of(dataset, "train"))) == (24, 1)
     assert len(list((images / "ruby").iterdir())) == 8
 
 
@@ -162,4 +162,4 @@ def test_no_run_starts_if_the_images_are_gone(workspace, record, started, images
     with pytest.raises(InputError, match="are gone"):
         class_runs.train_again(workspace, record, {"ruby": [new]})
     assert started == []
-    assert class_sets.class_sets(workspace) == []
+    assert class_datasets(workspace) == []

@@ -6,6 +6,7 @@ from class_folders import COLOURS, colour_set
 from listeners import listener
 
 from pipelines.sample_subject import sample_images
+from webui.datasets import Dataset
 from webui.draft import Draft
 from webui.page import build_page
 from webui.settings import Settings
@@ -31,10 +32,10 @@ def workspace(settings):
 
 
 def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_photos(page, workspace, tmp_path):
-    photos = workspace.new_image_set()
+    photos = Dataset(workspace.new_image_set())
     sample_images()[0].save(tmp_path / "mine.png")
     add_images(photos, [str(tmp_path / "mine.png")])
-    example = Draft(previous_set=photos.name).to_browser()
+    example = Draft(previous_set=photos.id).to_browser()
     examine = listener(page, "photos", "examine")
     own, *_, shown = listener(page, "photos", "change_to")(example, "own", None)
     # The example was selected and left again: the checks run with the old draft and the signature of the current photos.
@@ -57,8 +58,8 @@ def test_a_confirmation_is_hidden_only_when_another_run_is_selected(page):
 
 def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspace, tmp_path):
     only = next(iter(COLOURS))
-    folder = colour_set(workspace, tmp_path / "given", names=[only])
-    summary, cards = listener(page, "class_images", "measure")({"set": folder.name}, None)
+    dataset = colour_set(workspace, tmp_path / "given", names=[only])
+    summary, cards = listener(page, "class_images", "measure")({"set": dataset.id}, None)
     assert "1 class, 6 images" in summary
     assert only in cards
 

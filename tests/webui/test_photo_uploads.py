@@ -10,8 +10,7 @@ from shared_cases import case_folder
 from pipelines.subject.captions import find_captioned
 from training.runs.record import RunRecord
 from webui.cards import cards
-from webui.image_dataset import SubjectDataset
-from webui.image_datasets import read_set
+from webui.datasets import Dataset
 from webui.photo_account import photo_account
 from webui.photo_uploads import add_photos
 from webui.runs import RunView
@@ -19,8 +18,8 @@ from webui.workspace import Workspace
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_image_set()
+def dataset(tmp_path):
+    return Dataset(Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_image_set())
 
 
 def dropped(tmp_path, files):
@@ -28,8 +27,8 @@ def dropped(tmp_path, files):
     return [write_files(tmp_path / str(place), {name: content}) / name for place, (name, content) in enumerate(files.items())]
 
 
-def captions(folder):
-    return {entry.name: entry.caption for entry in read_set(folder).images}
+def captions(dataset):
+    return {entry.name: entry.caption for entry in dataset.photos()}
 
 
 def zipped(path, files):
@@ -51,30 +50,30 @@ def zipped(path, files):
     ],
 )
 @pytest.mark.parametrize("later", [False, True])
-def test_captions_uploaded_with_photos_or_later_reach_the_training(folder, tmp_path, name, content, later):
+def test_captions_uploaded_with_photos_or_later_reach_the_training(dataset, tmp_path, name, content, later):
     photo, text = dropped(tmp_path, {"dog.png": stored_image(0), name: content})
     for files in [[photo], [text]] if later else [[text, photo]]:
-        assert add_photos(folder, files).refused == []
-    assert captions(folder) == {"dog.png": "a sks dog"}
-    assert [image.prompt for image in find_captioned(folder, "else")] == ["a sks dog"]
-    assert "Caption: a sks dog" in cards(SubjectDataset(folder), None)
+        assert add_photos(dataset, files).refused == []
+    assert captions(dataset) == {"dog.png": "a sks dog"}
+    assert [image.prompt for image in find_captioned(dataset.folder, "else")] == ["a sks dog"]
+    assert "Caption: a sks dog" in cards(dataset, None)
 
 
-def test_photos_keep_their_upload_order_and_names(folder, tmp_path):
+def test_photos_keep_their_upload_order_and_names(dataset, tmp_path):
     first, second = ({name: stored_image(place) for place, name in enumerate(names)} for names in (["b.png", "a.png"], ["b.png"]))
-    add_photos(folder, [*dropped(tmp_path, first), *dropped(tmp_path / "again", second)])
-    assert [entry.name for entry in read_set(folder).images] == ["b.png", "a.png", "b (2).png"]
+    add_photos(dataset, [*dropped(tmp_path, first), *dropped(tmp_path / "again", second)])
+    assert [entry.name for entry in dataset.photos()] == ["b.png", "a.png", "b (2).png"]
 
 
 @pytest.mark.parametrize("mask", ["dog-masklabel.png", "dog.mask.png", "dog_mask.png"])
-def test_masks_are_reported_and_not_added_as_photos(folder, tmp_path, mask):
-    added = add_photos(folder, dropped(tmp_path, {"dog.png": stored_image(0), mask: stored_image(1)}))
-    assert list(captions(folder)) == ["dog.png"]
+def test_masks_are_reported_and_not_added_as_photos(dataset, tmp_path, mask):
+    added = add_photos(dataset, dropped(tmp_path, {"dog.png": stored_image(0), mask: stored_image(1)}))
+    assert list(captions(dataset)) == ["dog.png"]
     (sentence,) = added.refused
     assert f"'{mask}'. They are masks" in sentence
 
 
-def test_unusable_files_are_reported_and_the_others_added(folder, tmp_path):
+def test_unusable_files_are_reported_and_the_others_added(dataset, tmp_path):
     files = {
         "dog.png": stored_image(0),
         "cat.txt": b"no cat",
@@ -84,24 +83,24 @@ def test_unusable_files_are_reported_and_the_others_added(folder, tmp_path):
         ".hidden.png": stored_image(1),
         "no suffix": stored_image(2),
     }
-    added = add_photos(folder, [*dropped(tmp_path, files), tmp_path / "gone.png"])
-    assert set(captions(folder)) == {"dog.png", ".hidden.png", "no suffix"}
+    added = add_photos(dataset, [*dropped(tmp_path, files), tmp_path / "gone.png"])
+    assert set(captions(dataset)) == {"dog.png", ".hidden.png", "no suffix"}
     words = " ".join(added.refused)
     for name in ("cat.txt", "letter.png", "tool.exe", "metadata.jsonl", "gone.png"):
         assert name in words
     assert str(tmp_path) not in words
 
 
-def test_captions_without_photos_and_too_long_captions_are_refused(folder, tmp_path):
+def test_captions_without_photos_and_too_long_captions_are_refused(dataset, tmp_path):
     image, text = dropped(tmp_path, {"dog.png": stored_image(0), "dog.txt": b"x" * 501})
-    assert add_photos(folder, [text]).refused == ["There is no photo for the captions in 'dog.txt'. Add photos first."]
-    assert "at most 500 characters" in add_photos(folder, [image, text]).refused[0]
+    assert add_photos(dataset, [text]).refused == ["There is no photo for the captions in 'dog.txt'. Add photos first."]
+    assert "at most 500 characters" in add_photos(dataset, [image, text]).refused[0]
 
 
-def test_a_zip_in_kohya_s_layout_adds_its_subject_and_reports_the_other_files(folder, tmp_path):
+def test_a_zip_in_kohya_s_layout_adds_its_subject_and_reports_the_other_files(dataset, tmp_path):
     files = {"10_sks toy/0.png": stored_image(0), "10_sks toy/0.txt": b"a toy", "1_toy/3.png": stored_image(1)}
-    added = add_photos(folder, [zipped(tmp_path / "set.zip", files)])
-    assert captions(folder) == {"0.png": "a toy"}
+    added = add_photos(dataset, [zipped(tmp_path / "set.zip", files)])
+    assert captions(dataset) == {"0.png": "a toy"}
     assert "Not used: '1_toy'" in added.refused[0]
     assert "Repeats are ignored" in added.notes[0]
 
@@ -115,18 +114,18 @@ def test_a_zip_in_kohya_s_layout_adds_its_subject_and_reports_the_other_files(fo
         (["../1.png"], "1.png"),
     ],
 )
-def test_a_zip_without_photos_of_one_subject_is_refused(folder, tmp_path, files, message):
+def test_a_zip_without_photos_of_one_subject_is_refused(dataset, tmp_path, files, message):
     path = zipped(tmp_path / "set.zip", {name: stored_image(place) for place, name in enumerate(files)})
-    added = add_photos(folder, [path])
+    added = add_photos(dataset, [path])
     assert not added.names
     (sentence,) = added.refused
     assert message in sentence
     assert str(tmp_path) not in sentence
 
 
-def test_the_page_distinguishes_masks_and_captions_as_the_scan_does(folder):
-    added = add_photos(folder, sorted((case_folder("photos-masks") / "masks_beside").iterdir()))
-    assert list(captions(folder)) == ["00.png", "01.png", "02.png"]
+def test_the_page_distinguishes_masks_and_captions_as_the_scan_does(dataset):
+    added = add_photos(dataset, sorted((case_folder("photos-masks") / "masks_beside").iterdir()))
+    assert list(captions(dataset)) == ["00.png", "01.png", "02.png"]
     assert "'00-masklabel.png'" in added.refused[0]
 
 

@@ -14,9 +14,8 @@ from training.options.data import SAMPLE_PROMPT as TRAINERS_PROMPT
 from training.options.data import SAMPLE_SUBJECT
 from webui import draft as drafts
 from webui.cards import cards, escaped, sentences
+from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft, check_words, merged, without
-from webui.image_dataset import EXAMPLE, SubjectDataset
-from webui.image_datasets import set_caption
 from webui.uploads import add_images
 from webui.work.photos import checked_images, long_prompts_of
 from webui.workspace import Workspace
@@ -39,19 +38,19 @@ def uploads(tmp_path):
 
 @pytest.fixture
 def photos(workspace, uploads):
-    photos = SubjectDataset(workspace.new_image_set())
-    add_images(photos.folder, uploads)
+    photos = Dataset(workspace.new_image_set())
+    add_images(photos, uploads)
     return photos
 
 
 def names(photos):
-    return [entry.name for entry in photos.entries()]
+    return [entry.name for entry in photos.photos()]
 
 
 def test_the_default_draft_has_the_trainer_s_defaults():
     assert drafts.SCENES == NEW_SCENES
     assert drafts.SAMPLE_PROMPT == TRAINERS_PROMPT
-    assert EXAMPLE == SAMPLE_SUBJECT
+    assert EXAMPLE_SUBJECT == SAMPLE_SUBJECT
     assert Draft().values(None, {}) == {}
 
 
@@ -126,12 +125,12 @@ def test_options_are_merged_and_removed_by_group():
 
 
 def test_photos_are_moved_and_removed(photos):
-    files = {entry.name: entry.file for entry in photos.entries()}
+    files = {entry.name: entry.file for entry in photos.photos()}
     photos.move(files["dim.png"], -1)
     assert names(photos) == ["front.png", "dim.png", "side.jpg"]
     photos.move(files["front.png"], -1)
     assert names(photos) == ["front.png", "dim.png", "side.jpg"]
-    photos.remove(files["front.png"])
+    photos.remove([files["front.png"]])
     assert names(photos) == ["dim.png", "side.jpg"]
     assert not (photos.folder / files["front.png"]).exists()
 
@@ -141,41 +140,41 @@ def test_a_file_outside_of_the_dataset_is_refused(photos, file):
     with pytest.raises(InputError, match="no longer exist"):
         photos.move(file, 1)
     with pytest.raises(InputError, match="no longer exist"):
-        photos.remove(file)
+        photos.remove([file])
 
 
 def test_a_run_reads_the_photos_in_the_order_of_the_page(photos):
-    photos.move(photos.entries()[2].file, -2)
+    photos.move(photos.photos()[2].file, -2)
     first = photos.files()[0].read_bytes()
     photos.seal()
     assert names(photos) == ["dim.png", "front.png", "side.jpg"]
     assert next(path.read_bytes() for path in sorted(photos.folder.glob("0*.png"))) == first
-    assert [entry.file for entry in photos.entries()] == sorted(entry.file for entry in photos.entries())
+    assert [entry.file for entry in photos.photos()] == sorted(entry.file for entry in photos.photos())
 
 
 def test_the_photos_of_a_started_run_do_not_change_and_edits_go_to_a_copy(workspace, photos, uploads):
     assert photos.editable(workspace) == photos
     photos.seal()
     copy = photos.editable(workspace)
-    copy.remove(copy.entries()[0].file)
-    add_images(copy.folder, uploads[:1])
+    copy.remove([copy.photos()[0].file])
+    add_images(copy, uploads[:1])
     assert names(photos) == ["front.png", "side.jpg", "dim.png"]
     assert names(copy) == ["side.jpg", "dim.png", "front.png"]
 
 
 def test_the_example_is_never_changed(workspace):
-    example = SubjectDataset.of(workspace, None)
+    example = Dataset.of(workspace, None)
     example.seal()
     assert example.is_example
     assert example.id is None
-    assert len(example.entries()) == 5
-    assert not list(EXAMPLE.glob(".*"))
+    assert len(example.photos()) == 5
+    assert not list(EXAMPLE_SUBJECT.glob(".*"))
     assert not example.editable(workspace).is_example
 
 
 def test_the_image_checks_use_the_users_file_names(photos):
     found = checked_images(photos)
-    by_name = {entry.name: found.images[entry.file] for entry in photos.entries()}
+    by_name = {entry.name: found.images[entry.file] for entry in photos.photos()}
     assert [by_name[name].verdict for name in ("front.png", "side.jpg", "dim.png")] == ["good", "good", "look again"]
     blurred = " ".join(by_name["dim.png"].sentences)
     assert "It is blurred" in blurred
@@ -184,8 +183,8 @@ def test_the_image_checks_use_the_users_file_names(photos):
 
 
 def test_truncated_prompts_and_captions_are_reported_before_training(photos):
-    file = photos.entries()[1].file
-    set_caption(photos.folder, file, "sks toy " * 60)
+    file = photos.photos()[1].file
+    photos.set_caption(file, "sks toy " * 60)
     data = DataOptions(str(photos.folder), "a photo of sks toy", with_prior_preservation=True, class_prompt="a toy " * 40)
     words = long_prompts_of(photos, SubjectOptions(data=data, output=OutputOptions(validation_prompt=["sks toy at sea"])))
     assert [sentence.partition(" has ")[0] for sentence in words] == [
@@ -197,26 +196,26 @@ def test_truncated_prompts_and_captions_are_reported_before_training(photos):
 
 
 def test_findings_about_all_photos_name_no_folder(workspace, uploads):
-    photos = SubjectDataset(workspace.new_image_set())
-    add_images(photos.folder, uploads[:1])
+    photos = Dataset(workspace.new_image_set())
+    add_images(photos, uploads[:1])
     (said,) = checked_images(photos).together
     assert said.startswith("There is 1 image of your subject.")
     assert photos.folder.name not in said
 
 
 def test_a_card_shows_user_input_as_text(workspace, tmp_path):
-    photos = SubjectDataset(workspace.new_image_set())
+    photos = Dataset(workspace.new_image_set())
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
     hostile = tmp_path / "<img src=x onerror=alert(1)> {{value}} ${1+1} \"'.png"
     (tmp_path / "x.png").rename(hostile)
-    add_images(photos.folder, [str(hostile)])
+    add_images(photos, [str(hostile)])
     markup = cards(photos, None)
     assert "<img src=x" not in markup
     assert "{{" not in markup
     assert "${" not in markup
-    assert escaped(photos.entries()[0].name) in markup
+    assert escaped(photos.photos()[0].name) in markup
     assert "<script>" not in sentences(["<script>"])
 
 
 def test_without_photos_the_page_says_what_to_do(workspace):
-    assert "Drop three to ten photos" in cards(SubjectDataset(workspace.new_image_set()), None)
+    assert "Drop three to ten photos" in cards(Dataset(workspace.new_image_set()), None)

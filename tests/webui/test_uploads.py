@@ -20,19 +20,9 @@ from safetensors.torch import save_file
 
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
-from webui import incoming, uploads
+from webui import uploads
+from webui.datasets import Dataset
 from webui.generation import find_adapter, others
-from webui.image_datasets import (
-    add_class,
-    delete_set,
-    move_image,
-    read_set,
-    remove_class,
-    remove_image,
-    rename_class,
-    reorder,
-    set_caption,
-)
 from webui.workspace import Workspace
 
 
@@ -42,8 +32,8 @@ def workspace(tmp_path):
 
 
 @pytest.fixture
-def folder(workspace):
-    return workspace.new_image_set()
+def dataset(workspace):
+    return Dataset(workspace.new_image_set())
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -51,16 +41,16 @@ def written(path: Path, content: bytes) -> Path:
     return path
 
 
-def opened(folder: Path, file: str) -> Image.Image:
-    with Image.open(folder / file) as image:
+def opened(dataset: Dataset, file: str) -> Image.Image:
+    with Image.open(dataset.folder / file) as image:
         image.load()
         return image
 
 
-def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_path, folder):
+def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_path, dataset):
     path = written(tmp_path / "small.png", bomb_png())
     assert path.stat().st_size < 20_000
-    added = uploads.add_images(folder, [path])
+    added = uploads.add_images(dataset, [path])
     assert added.names == []
     assert "12,000 x 12,000" in added.refused[0]
     assert "40 million pixels" in added.refused[0]
@@ -79,134 +69,134 @@ def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_
     ],
     ids=["svg", "html", "postscript", "csv", "jxl", "empty", "pickle"],
 )
-def test_a_file_that_is_not_an_image_is_refused_whatever_its_suffix(tmp_path, folder, content):
-    added = uploads.add_images(folder, [written(tmp_path / "mug.png", content)])
+def test_a_file_that_is_not_an_image_is_refused_whatever_its_suffix(tmp_path, dataset, content):
+    added = uploads.add_images(dataset, [written(tmp_path / "mug.png", content)])
     assert added.names == []
     assert added.refused == [f"mug.png is not a {listed(UPLOAD_FORMATS)} image. Save it in one of these formats."]
 
 
-def test_a_bitmap_is_refused_although_pillow_reads_it(tmp_path, folder):
+def test_a_bitmap_is_refused_although_pillow_reads_it(tmp_path, dataset):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "BMP")
-    assert "is not a JPEG" in uploads.add_images(folder, [tmp_path / "a.png"]).refused[0]
+    assert "is not a JPEG" in uploads.add_images(dataset, [tmp_path / "a.png"]).refused[0]
 
 
-def test_only_the_pixels_of_a_polyglot_are_stored(tmp_path, folder):
+def test_only_the_pixels_of_a_polyglot_are_stored(tmp_path, dataset):
     path = written(tmp_path / "a.png", polyglot())
     assert zipfile.is_zipfile(path)
-    [name] = uploads.add_images(folder, [path]).names
-    stored = (folder / name).read_bytes()
+    [name] = uploads.add_images(dataset, [path]).names
+    stored = (dataset.folder / name).read_bytes()
     assert b"<script>" not in stored
     assert b"secret.txt" not in stored
-    assert not zipfile.is_zipfile(folder / name)
+    assert not zipfile.is_zipfile(dataset.folder / name)
 
 
-def test_a_refused_file_does_not_block_the_others(tmp_path, folder):
+def test_a_refused_file_does_not_block_the_others(tmp_path, dataset):
     good = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(2)]
-    added = uploads.add_images(folder, [good[0], written(tmp_path / "bad.png", b"no"), good[1], tmp_path / "gone.png"])
+    added = uploads.add_images(dataset, [good[0], written(tmp_path / "bad.png", b"no"), good[1], tmp_path / "gone.png"])
     assert added.names == ["0001.png", "0002.png"]
     assert [sentence.split()[0] for sentence in added.refused] == ["bad.png", "gone.png"]
-    assert [entry.name for entry in read_set(folder).images] == ["0.png", "1.png"]
+    assert [entry.name for entry in dataset.photos()] == ["0.png", "1.png"]
 
 
-def test_a_truncated_image_is_refused(tmp_path, folder):
+def test_a_truncated_image_is_refused(tmp_path, dataset):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = io.BytesIO()
     Image.fromarray(noise).save(whole, "JPEG")
-    added = uploads.add_images(folder, [written(tmp_path / "a.jpg", whole.getvalue()[:900])])
+    added = uploads.add_images(dataset, [written(tmp_path / "a.jpg", whole.getvalue()[:900])])
     assert added.refused == ["a.jpg is damaged or truncated. Add it again, or export it again from the original."]
 
 
-def test_a_file_of_more_than_25_mb_is_refused_unread(tmp_path, folder):
+def test_a_file_of_more_than_25_mb_is_refused_unread(tmp_path, dataset):
     path = tmp_path / "large.png"
     with path.open("wb") as file:
         file.truncate(26 * 2**20)
-    assert "26 MB" in uploads.add_images(folder, [path]).refused[0]
+    assert "26 MB" in uploads.add_images(dataset, [path]).refused[0]
 
 
-def test_metadata_is_dropped_and_the_orientation_applied(tmp_path, folder):
+def test_metadata_is_dropped_and_the_orientation_applied(tmp_path, dataset):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "where I live"
     image = Image.new("RGB", (20, 10), "red")
     image.save(tmp_path / "a.jpg", exif=exif, comment=b"my secret")
-    [name] = uploads.add_images(folder, [tmp_path / "a.jpg"]).names
-    stored = opened(folder, name)
+    [name] = uploads.add_images(dataset, [tmp_path / "a.jpg"]).names
+    stored = opened(dataset, name)
     assert stored.size == (10, 20)
     assert not stored.getexif()
     assert not stored.info
-    assert b"secret" not in (folder / name).read_bytes()
+    assert b"secret" not in (dataset.folder / name).read_bytes()
 
 
-def test_small_images_are_stored_losslessly_and_large_ones_as_jpeg(tmp_path, folder):
+def test_small_images_are_stored_losslessly_and_large_ones_as_jpeg(tmp_path, dataset):
     small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     Image.new("RGB", (1600, 1200), "teal").save(tmp_path / "large.png")
-    names = uploads.add_images(folder, [tmp_path / "small.png", tmp_path / "large.png"]).names
+    names = uploads.add_images(dataset, [tmp_path / "small.png", tmp_path / "large.png"]).names
     assert names == ["0001.png", "0002.jpg"]
-    assert (np.asarray(opened(folder, names[0])) == small).all()
-    assert opened(folder, names[1]).size == (1600, 1200)
+    assert (np.asarray(opened(dataset, names[0])) == small).all()
+    assert opened(dataset, names[1]).size == (1600, 1200)
 
 
-def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path, folder):
+def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path, dataset):
     Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16)).save(tmp_path / "deep.png")
-    [name] = uploads.add_images(folder, [tmp_path / "deep.png"]).names
-    assert opened(folder, name).getpixel((0, 0)) == (128, 128, 128)
+    [name] = uploads.add_images(dataset, [tmp_path / "deep.png"]).names
+    assert opened(dataset, name).getpixel((0, 0)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "P", "LA", "RGBA", "1"])
-def test_every_kind_of_image_comes_out_as_rgb(tmp_path, folder, mode):
+def test_every_kind_of_image_comes_out_as_rgb(tmp_path, dataset, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new("RGB", (6, 6), "white").convert(mode).save(path)
-    [name] = uploads.add_images(folder, [path]).names
-    stored = opened(folder, name)
+    [name] = uploads.add_images(dataset, [path]).names
+    stored = opened(dataset, name)
     assert (stored.mode, stored.getpixel((3, 3))) == ("RGB", (255, 255, 255))
 
 
-def test_the_first_frame_of_an_animation_is_used(tmp_path, folder):
+def test_the_first_frame_of_an_animation_is_used(tmp_path, dataset):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
-    names = uploads.add_images(folder, [tmp_path / "a.webp", tmp_path / "b.png"]).names
-    assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
+    names = uploads.add_images(dataset, [tmp_path / "a.webp", tmp_path / "b.png"]).names
+    assert [opened(dataset, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
 
 
-def test_a_jpeg_that_carries_further_images_counts_as_jpeg(tmp_path, folder):
+def test_a_jpeg_that_carries_further_images_counts_as_jpeg(tmp_path, dataset):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.format == "MPO"
-    assert uploads.add_images(folder, [tmp_path / "a.jpg"]).refused == []
+    assert uploads.add_images(dataset, [tmp_path / "a.jpg"]).refused == []
 
 
-def test_a_damaged_colour_profile_is_ignored(tmp_path, folder):
+def test_a_damaged_colour_profile_is_ignored(tmp_path, dataset):
     good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png", icc_profile=good)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "bad.png", icc_profile=b"no profile" * 40)
-    names = uploads.add_images(folder, [tmp_path / "good.png", tmp_path / "bad.png"]).names
-    assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
+    names = uploads.add_images(dataset, [tmp_path / "good.png", tmp_path / "bad.png"]).names
+    assert [opened(dataset, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
 
 
-def test_names_are_stored_in_set_json_as_one_line(tmp_path, folder):
+def test_names_are_stored_in_set_json_as_one_line(tmp_path, dataset):
     name = "<img src=x onerror=alert(1)>; rm -rf $(pwd) `id`.png"
     path = written(tmp_path / name, png_bytes())
-    assert uploads.add_images(folder, [path]).names == ["0001.png"]
-    assert [entry.name for entry in read_set(folder).images] == [name]
-    assert sorted(path.name for path in folder.iterdir()) == ["0001.png", "set.json"]
-    assert incoming.display_name("/etc/a\nb\x1b[31m.png") == "a b [31m.png"
-    assert incoming.display_name("C:\\photos\\a.png") == "a.png"
+    assert uploads.add_images(dataset, [path]).names == ["0001.png"]
+    assert [entry.name for entry in dataset.photos()] == [name]
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["0001.png", "set.json"]
+    assert uploads.display_name("/etc/a\nb\x1b[31m.png") == "a b [31m.png"
+    assert uploads.display_name("C:\\photos\\a.png") == "a.png"
 
 
 @pytest.mark.parametrize("kind", list(hostile_zips()))
-def test_a_hostile_zip_is_refused_completely(tmp_path, folder, kind):
+def test_a_hostile_zip_is_refused_completely(tmp_path, dataset, kind):
     make, sentence = hostile_zips()[kind]
     path = make(tmp_path / "upload.zip")
     before = sorted(tmp_path.parent.rglob("*"))
     with pytest.raises(InputError, match=sentence) as refused:
-        uploads.add_zip(folder, path)
+        uploads.add_zip(dataset, path)
     assert str(tmp_path) not in str(refused.value)
     assert sorted(tmp_path.parent.rglob("*")) == before
-    assert read_set(folder).entries() == []
+    assert dataset.content().images() == []
 
 
-def test_the_class_folders_of_a_zip_become_classes(tmp_path, folder):
+def test_the_class_folders_of_a_zip_become_classes(tmp_path, dataset):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for place, name in enumerate(("set/red mug/1.png", "set/red mug/2.png", "set/<b>blue</b> mug/1.png")):
             archive.writestr(name.replace("</b>", ""), png_bytes(place))
@@ -215,74 +205,75 @@ def test_the_class_folders_of_a_zip_become_classes(tmp_path, folder):
         archive.writestr("set/labels.csv", b"a,b")
         archive.writestr("alone.png", png_bytes(9))
         archive.writestr("__MACOSX/set/red mug/1.png", b"no")
-    added = uploads.add_zip(folder, tmp_path / "a.zip")
+    added = uploads.add_zip(dataset, tmp_path / "a.zip")
     assert added.names == ["c00/0001.png", "c01/0001.png", "c01/0002.png"]
-    assert [(each.folder, each.name) for each in read_set(folder).classes] == [("c00", "<b>blue mug"), ("c01", "red mug")]
+    assert [(each.folder, each.name) for each in dataset.content().classes] == [("c00", "<b>blue mug"), ("c01", "red mug")]
     refused = " ".join(added.refused)
     assert len(added.refused) == 4
     for part in ("more.zip is a zip inside the zip", "labels.csv", "alone.png is not in a class folder", "broken.jpg"):
         assert part in refused
 
 
-def test_a_second_zip_adds_to_the_classes_of_the_first(tmp_path, folder):
+def test_a_second_zip_adds_to_the_classes_of_the_first(tmp_path, dataset):
     for place in range(2):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             archive.writestr("Cat/1.png" if place else "cat/1.png", png_bytes(place))
-        uploads.add_zip(folder, tmp_path / "a.zip")
+        uploads.add_zip(dataset, tmp_path / "a.zip")
         os.utime(tmp_path / "a.zip", (place, place))
-    assert [(each.name, len(each.images)) for each in read_set(folder).classes] == [("cat", 2)]
+    assert [(each.name, len(each.images)) for each in dataset.content().classes] == [("cat", 2)]
 
 
-def test_the_number_of_images_per_user_is_limited(tmp_path, folder, monkeypatch):
+def test_the_number_of_images_per_user_is_limited(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_IMAGES", 10)
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(20)]
-    added = uploads.add_images(folder, files)
+    added = uploads.add_images(dataset, files)
     assert len(added.names) == 8
     assert "10 images" in added.refused[-1]
 
 
-def test_the_bytes_per_user_are_limited(tmp_path, folder, monkeypatch):
+def test_the_bytes_per_user_are_limited(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_USER_BYTES", 10)
-    added = uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
+    added = uploads.add_images(dataset, [written(tmp_path / "a.png", png_bytes())])
     assert added.names == []
     assert "Delete a dataset" in added.refused[0]
 
 
-def test_images_are_removed_reordered_moved_and_captioned_by_their_generated_names(tmp_path, folder):
+def test_images_are_removed_reordered_moved_and_captioned_by_their_generated_names(tmp_path, dataset):
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(3)]
-    uploads.add_images(folder, files)
-    reorder(folder, ["0003.png", "0001.png"])
-    set_caption(folder, "0003.png", "a red\nmug")
-    assert (folder / "0003.txt").read_text() == "a red mug"
-    remove_image(folder, "0001.png")
-    assert [(entry.file, entry.caption) for entry in read_set(folder).images] == [("0003.png", "a red mug"), ("0002.png", "")]
-    cups = add_class(folder, "cups")
-    assert move_image(folder, "0003.png", cups) == "c00/0001.png"
-    rename_class(folder, cups, "mugs")
-    assert [(each.name, each.images[0].caption) for each in read_set(folder).classes] == [("mugs", "a red mug")]
-    assert (folder / "c00/0001.txt").exists()
-    remove_class(folder, cups)
-    assert not (folder / "c00").exists()
-    uploads.add_images(folder, files[:1])
-    assert [entry.file for entry in read_set(folder).images] == ["0002.png", "0004.png"]
-    delete_set(folder)
+    uploads.add_images(dataset, files)
+    dataset.move("0003.png", -2)
+    dataset.move("0002.png", 1)
+    dataset.set_caption("0003.png", "a red\nmug")
+    assert (dataset.folder / "0003.txt").read_text() == "a red mug"
+    dataset.remove(["0001.png"])
+    assert [(image.file, image.caption) for image in dataset.photos()] == [("0003.png", "a red mug"), ("0002.png", "")]
+    cups = dataset.add_class("cups")
+    assert dataset.move_to_class("0003.png", cups) == "c00/0001.png"
+    dataset.rename_class(cups, "mugs")
+    assert [(one.name, one.images[0].caption) for one in dataset.content().classes] == [("mugs", "a red mug")]
+    assert (dataset.folder / "c00/0001.txt").exists()
+    dataset.remove_class(cups)
+    assert not (dataset.folder / "c00").exists()
+    uploads.add_images(dataset, files[:1])
+    assert [image.file for image in dataset.photos()] == ["0002.png", "0004.png"]
+    dataset.delete()
     with pytest.raises(InputError, match="no longer exist"):
-        uploads.add_images(folder, files)
+        uploads.add_images(dataset, files)
 
 
 @pytest.mark.parametrize("file", ["../../secret.txt", "/etc/passwd", "c00/../../x", "set.json", "", "0001.png\x00"])
-def test_no_path_given_by_a_user_is_followed(tmp_path, folder, file):
-    uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
+def test_no_path_given_by_a_user_is_followed(tmp_path, dataset, file):
+    uploads.add_images(dataset, [written(tmp_path / "a.png", png_bytes())])
     before = sorted(tmp_path.rglob("*"))
     for change in (
-        lambda: remove_image(folder, file),
-        lambda: reorder(folder, [file]),
-        lambda: set_caption(folder, file, "words"),
-        lambda: move_image(folder, "0001.png", file),
-        lambda: move_image(folder, file, "c00"),
-        lambda: remove_class(folder, file),
-        lambda: rename_class(folder, file, "x"),
-        lambda: uploads.add_images(folder, [tmp_path / "a.png"], file),
+        lambda: dataset.remove([file]),
+        lambda: dataset.move(file, 1),
+        lambda: dataset.set_caption(file, "words"),
+        lambda: dataset.move_to_class("0001.png", file),
+        lambda: dataset.move_to_class(file, "c00"),
+        lambda: dataset.remove_class(file),
+        lambda: dataset.rename_class(file, "x"),
+        lambda: uploads.add_images(dataset, [tmp_path / "a.png"], file),
     ):
         with pytest.raises(InputError, match="no longer exist"):
             change()
@@ -291,17 +282,17 @@ def test_no_path_given_by_a_user_is_followed(tmp_path, folder, file):
     ]
 
 
-def test_two_simultaneous_uploads_lose_no_image(tmp_path, folder):
+def test_two_simultaneous_uploads_lose_no_image(tmp_path, dataset):
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(8)]
-    tabs = [threading.Thread(target=lambda file=file: [uploads.add_images(folder, [file]) for _ in range(5)]) for file in files]
+    tabs = [threading.Thread(target=lambda file=file: [uploads.add_images(dataset, [file]) for _ in range(5)]) for file in files]
     for tab in tabs:
         tab.start()
     for tab in tabs:
         tab.join()
-    entries = read_set(folder).images
+    entries = dataset.photos()
     assert len({entry.file for entry in entries}) == len(entries) == 40
-    assert all((folder / entry.file).exists() for entry in entries)
-    assert json.loads((folder / "set.json").read_text())["next"] == 41
+    assert all((dataset.folder / entry.file).exists() for entry in entries)
+    assert json.loads((dataset.folder / "set.json").read_text())["photos"]["next"] == 41
 
 
 def test_a_pickle_named_safetensors_is_refused_and_runs_nothing(tmp_path, workspace):

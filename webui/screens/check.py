@@ -15,8 +15,8 @@ from pipelines.prompt_syntax import page_warnings
 from webui import costs, panel, presets, subject_runs
 from webui.cards import escaped
 from webui.context import QUIET, AppContext, show_errors
+from webui.datasets import Dataset
 from webui.draft import SCENES, TRIGGER, Draft
-from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
@@ -223,12 +223,12 @@ def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) ->
     from webui.work import options as checked
     from webui.work import photos as work_photos
 
-    photos = SubjectDataset.of(workspace, Draft.from_browser(stored).set)
-    if not photos.entries():
+    photos = Dataset.of(workspace, Draft.from_browser(stored).set)
+    if not photos.photos():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
     options = checked.build(workspace, "subject", subject_runs.values_of(context, workspace, stored)[1])
     truncated = "".join(f'<p class="warning">{escaped(words)}</p>' for words in work_photos.long_prompts_of(photos, options))
-    crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
+    crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.photos()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in crops}
     variants = crops[0].variants
     more = f" Training uses {variants} crops or mirror images of each; the first is shown." if variants > 1 else ""
@@ -248,7 +248,7 @@ def _cost(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> 
 
     values, record = subject_runs.dry_run_of(context, workspace, stored)
     options = checked.build(workspace, "subject", values)
-    photos = SubjectDataset.of(workspace, Draft.from_browser(stored).set).entries()
+    photos = Dataset.of(workspace, Draft.from_browser(stored).set).photos()
     plan = costs.Plan(options.optimisation.max_train_steps, len(photos), options.data.heldout_image)
     measuring = costs.is_measuring(record)
     can_measure = bool(photos) and not measuring and not costs.is_measured(record)

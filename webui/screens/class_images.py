@@ -5,21 +5,27 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_SUFFIXES
-from webui import class_sets
 from webui.class_html import class_cards, share
 from webui.class_runs import ClassifyContext, check_free, set_of
 from webui.context import QUIET, show_errors
-from webui.image_datasets import add_class, delete_set, move_image, remove_class, remove_image, rename_class
-from webui.labelled_classes import EXAMPLE, LabelledClasses
+from webui.datasets import Dataset
+from webui.labelled_datasets import (
+    EXAMPLE,
+    LabelledClasses,
+    class_datasets,
+    find_classes,
+    point_to,
+    rename_class,
+    title,
+)
+from webui.render import small
 from webui.settings import Settings
-from webui.thumbnails import small
 from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
@@ -180,7 +186,7 @@ def _dataset_updates(classes: LabelledClasses) -> list[Any]:
         class_cards(classes, {}),
         gr.Dropdown(keys, value=keys[0][1] if keys else None),
         gr.Accordion(visible=bool(keys)),
-        gr.Button(interactive=class_sets.is_ready(classes)),
+        gr.Button(interactive=classes.is_ready),
     ]
 
 
@@ -191,23 +197,21 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
     def take_zip(file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if file is None:
             return gr.skip(), gr.skip(), gr.skip()
-        with _upload_folder(settings.workspace(request), draft) as folder:
-            added = add_zip(folder, file)
-        class_sets.update_split_after_upload(folder, added)
-        return {**draft, "set": folder.name}, _upload_summary(added), None
+        with _upload_dataset(settings.workspace(request), draft) as dataset:
+            added = add_zip(dataset, file)
+        return {**draft, "set": dataset.id}, _upload_summary(added), None
 
     @show_errors
     def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if not files:
             raise InputError("No images were chosen. Drop some into the field above.")
-        with _upload_folder(settings.workspace(request), draft) as folder:
-            added = add_images(folder, files, add_class(folder, name))
-        class_sets.update_split(folder)
-        return {**draft, "set": folder.name}, _upload_summary(added), "", None
+        with _upload_dataset(settings.workspace(request), draft) as dataset:
+            added = add_images(dataset, files, dataset.add_class(name))
+        return {**draft, "set": dataset.id}, _upload_summary(added), "", None
 
     @show_errors
     def point(path: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        return {**draft, "set": class_sets.point_to(settings.workspace(request), path)}, "", ""
+        return {**draft, "set": point_to(settings.workspace(request), path)}, "", ""
 
     quiet = {"api_visibility": "private", "show_progress": "minimal"}
     redraw(parts["zip"].upload(take_zip, [parts["zip"], context.draft], [context.draft, parts["message"], parts["zip"]], **quiet))
@@ -221,14 +225,14 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _upload_folder(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
-    """The folder of the dataset that uploads go to; a new one is deleted again if the upload is refused."""
-    folder, is_new = _folder_of_draft(workspace, draft)
+def _upload_dataset(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Dataset]:
+    """The dataset that uploads go to; a new one is deleted again if the upload is refused."""
+    dataset, is_new = _dataset_of_draft(workspace, draft)
     try:
-        yield folder
+        yield dataset
     except InputError:
         if is_new:
-            delete_set(folder)
+            dataset.delete()
         raise
 
 
@@ -249,7 +253,7 @@ def _wire_class(context: ClassifyContext, parts: dict[str, Any]) -> None:
     @show_errors
     def choose(key: str, draft: dict[str, Any], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
         workspace = settings.workspace(request)
-        classes = class_sets.find(workspace, set_of(workspace, draft))
+        classes = find_classes(workspace, set_of(workspace, draft))
         readable = [one for one in classes.class_named(key).images[:MOST_SHOWN] if small(one) is not None]
         is_there = classes.kind == "own" and isinstance(event.index, int) and 0 <= event.index < len(readable)
         return (readable[event.index].name if is_there else None), gr.Column(visible=is_there)
@@ -287,40 +291,35 @@ def _wire_editing(context: ClassifyContext, parts: dict[str, Any]) -> None:
     @show_errors
     def rename(key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
         workspace = settings.workspace(request)
-        folder = workspace.image_set(set_of(workspace, draft))
-        if class_sets.read_pointer(folder) is None:
-            rename_class(folder, key, name)
-        else:
-            class_sets.name_pointed_class(folder, key, name)
+        rename_class(Dataset.of(workspace, set_of(workspace, draft)), key, name)
         return ""
 
     given = [parts["class"], parts["name"], context.draft]
     redraw(gr.on([parts["rename"].click, parts["name"].submit], rename, given, [parts["message"]], **QUIET))
     given = [parts["class"], parts["chosen"], parts["target"], context.draft]
     changes = {
-        "remove_class": lambda folder, key, chosen, target: remove_class(folder, key),
-        "remove": lambda folder, key, chosen, target: remove_image(folder, chosen),
-        "move": lambda folder, key, chosen, target: move_image(folder, chosen, target),
+        "remove_class": lambda dataset, key, chosen, target: dataset.remove_class(key),
+        "remove": lambda dataset, key, chosen, target: dataset.remove([chosen]),
+        "move": lambda dataset, key, chosen, target: dataset.move_to_class(chosen, target),
     }
     for name, change in changes.items():
         redraw(parts[name].click(_changing(settings, change), given, [parts["message"]], **QUIET))
     _wire_deleting(context, parts)
 
 
-def _changing(settings: Settings, change: Callable[[Path, str, str | None, str | None], None]) -> Callable[..., str]:
-    """A handler that changes an uploaded dataset and then updates its split.
+def _changing(settings: Settings, change: Callable[[Dataset, str, str | None, str | None], object]) -> Callable[..., str]:
+    """A handler that changes an uploaded dataset.
 
     Args:
-        change: called with the dataset's folder, the class, the chosen image and the class to move it to.
+        change: called with the dataset, the class, the chosen image and the class to move it to.
     """
 
     @show_errors
     def changed(key: str, chosen: str | None, target: str | None, draft: dict[str, Any], request: gr.Request) -> str:
         workspace = settings.workspace(request)
-        folder = workspace.image_set(set_of(workspace, draft))
-        check_free(workspace, folder)
-        change(folder, key, chosen, target)
-        class_sets.update_split(folder)
+        dataset = Dataset.of(workspace, set_of(workspace, draft))
+        check_free(workspace, dataset.folder)
+        change(dataset, key, chosen, target)
         return ""
 
     return changed
@@ -332,9 +331,9 @@ def _wire_deleting(context: ClassifyContext, parts: dict[str, Any]) -> None:
     @show_errors
     def delete(draft: dict[str, Any], request: gr.Request) -> dict[str, Any]:
         workspace = settings.workspace(request)
-        folder = workspace.image_set(set_of(workspace, draft))
-        check_free(workspace, folder)
-        delete_set(folder)
+        dataset = Dataset.of(workspace, set_of(workspace, draft))
+        check_free(workspace, dataset.folder)
+        dataset.delete()
         return {**draft, "set": None}
 
     parts["delete"].click(lambda: gr.Row(visible=True), None, [parts["confirm"]], **QUIET)
@@ -343,24 +342,24 @@ def _wire_deleting(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 def _choices(workspace: Workspace) -> list[tuple[str, str]]:
-    return [(class_sets.title(workspace, one), one) for one in (*class_sets.class_sets(workspace), EXAMPLE)]
+    return [(title(workspace, one), one) for one in (*class_datasets(workspace), EXAMPLE)]
 
 
 def _dataset_or_empty(workspace: Workspace, set_id: str) -> LabelledClasses:
     """The dataset; without classes, and with a warning on the page, if its local folder can no longer be used."""
     try:
-        return class_sets.find(workspace, set_id)
+        return find_classes(workspace, set_id)
     except InputError as error:
         gr.Warning(html.escape(str(error)), title="These images cannot be used")
         return LabelledClasses(set_id, "folder", None, ())
 
 
-def _folder_of_draft(workspace: Workspace, draft: dict[str, Any]) -> tuple[Any, bool]:
-    """The folder of the draft's dataset if it was uploaded, else of a new dataset, and whether it is new."""
+def _dataset_of_draft(workspace: Workspace, draft: dict[str, Any]) -> tuple[Dataset, bool]:
+    """The draft's dataset if it was uploaded, else a new one, and whether it is new."""
     set_id = set_of(workspace, draft)
-    if set_id != EXAMPLE and class_sets.read_pointer(workspace.image_set(set_id)) is None:
-        return workspace.image_set(set_id), False
-    return workspace.new_image_set(), True
+    if set_id != EXAMPLE and Dataset.of(workspace, set_id).content().local_folder is None:
+        return Dataset.of(workspace, set_id), False
+    return Dataset(workspace.new_image_set()), True
 
 
 def _upload_summary(added: Added) -> str:
@@ -384,6 +383,6 @@ def _summary(classes: LabelledClasses, accuracy: tuple[int, int] | None) -> str:
             f"Zero-shot accuracy of the built-in model, from the class names alone: <b>{share(right / tested)}</b> ({right} of "
             f"{tested} images). Random guessing: {share(1 / count)}."
         )
-    warned = [*class_sets.warnings(classes), *class_sets.duplicates(classes)] if classes.kind != "example" else []
+    warned = [*classes.warnings(), *classes.duplicates()] if classes.kind != "example" else []
     read = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in classes.notes)
     return f"{notes[classes.kind]}{text}</p>{read}" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)

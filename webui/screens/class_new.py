@@ -16,7 +16,7 @@ from webui import class_files, class_html, class_runs
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
 from webui.context import QUIET, show_errors
-from webui.thumbnails import image
+from webui.render import tile
 
 MOST = 100
 RIGHT = ""
@@ -154,10 +154,10 @@ def _card(row: dict[str, Any]) -> str:
     name = html.escape(row["picture"])
     if "error" in row:
         return f"<p class='warning'>{html.escape(row['error'])}</p>"
-    tile = image(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
+    image = tile(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
     notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in row.get("notes", ()))
     bars = class_html.bars([(label, value) for label, value in row["top"]], first_only=True)
-    return f"<div class='thumbs'><figure>{tile}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"
+    return f"<div class='thumbs'><figure>{image}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"
 
 
 def _methods(result: Result) -> gr.Dropdown:

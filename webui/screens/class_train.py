@@ -8,10 +8,10 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
-from webui import class_presets, class_runs, class_sets, panel, progress
+from webui import class_presets, class_runs, panel, progress
 from webui.class_runs import ClassifyContext, set_of
 from webui.context import QUIET, show_errors
-from webui.labelled_classes import LabelledClasses
+from webui.labelled_datasets import LabelledClasses, find_classes, title
 from webui.presets import Preset, preset_named
 from webui.runs import RunView
 from webui.workspace import Workspace
@@ -67,7 +67,7 @@ def _wire_settings(context: ClassifyContext, parts: dict[str, Any]) -> None:
         workspace = settings.workspace(request)
         preset = preset_named(class_presets.CLASSIFY, str(draft.get("preset")))
         try:
-            classes = class_sets.find(workspace, set_of(workspace, draft))
+            classes = find_classes(workspace, set_of(workspace, draft))
             about = _about(workspace, classes)
             words = class_runs.command(context, workspace, draft)
         except InputError as error:
@@ -148,11 +148,11 @@ def _run_updates(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
 
 def _about(workspace: Workspace, classes: LabelledClasses) -> str:
     """The dataset of the next run and its number of test images, as HTML."""
-    title = html.escape(class_sets.title(workspace, classes.id))
-    warned = [] if class_sets.is_ready(classes) else class_sets.warnings(classes)[:1]
+    name = html.escape(title(workspace, classes.id))
+    warned = [] if classes.is_ready else classes.warnings()[:1]
     held_out = classes.count - sum(one.learnable for one in classes.classes)
     text = (
-        f"<p>Dataset: <b>{title}</b>. {held_out} of its {classes.count} images are test images. They are not used for training "
+        f"<p>Dataset: <b>{name}</b>. {held_out} of its {classes.count} images are test images. They are not used for training "
         "and estimate the accuracy on new images.</p>"
     )
     return text + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)

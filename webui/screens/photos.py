@@ -15,8 +15,8 @@ from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import subject_runs
 from webui.cards import SCRIPT, STYLE, cards, sentences
 from webui.context import QUIET, AppContext, show_errors
+from webui.datasets import Dataset
 from webui.draft import Draft
-from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 EXAMPLE_INTRO = """<h2>Example subject</h2>
@@ -86,10 +86,10 @@ class _Handlers:
         """The current photos, before the image checks are done."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
         try:
-            photos = SubjectDataset.of(workspace, draft.set)
+            photos = Dataset.of(workspace, draft.set)
         except InputError:
             gr.Warning(GONE, title="Photos not found")
-            return time.time(), *_view(SubjectDataset.of(workspace, None), draft)
+            return time.time(), *_view(Dataset.of(workspace, None), draft)
         if names and names == _signature(photos, draft):
             return (gr.skip(),) * (1 + PARTS)
         return gr.skip(), *_view(photos, draft)
@@ -107,7 +107,7 @@ class _Handlers:
         checked is returned, so that the following call for the other dataset is not skipped.
         """
         draft = Draft.from_browser(stored)
-        photos = SubjectDataset.of(self.context.settings.workspace(request), draft.set)
+        photos = Dataset.of(self.context.settings.workspace(request), draft.set)
         now = _signature(photos, draft)
         if now == names == before:
             return gr.skip(), gr.skip()
@@ -120,7 +120,7 @@ class _Handlers:
 
         workspace = self.context.settings.workspace(request)
         with _editable_photos(workspace, stored) as (photos, draft):
-            added = add_photos(photos.folder, files or [])
+            added = add_photos(photos, files or [])
         return draft.to_browser(), None, _message([*added.refused, *added.notes]), *_view(photos, draft)
 
     @show_errors
@@ -129,7 +129,7 @@ class _Handlers:
         action, file = str(event.action), str(event.file)
         with _editable_photos(self.context.settings.workspace(request), stored) as (photos, draft):
             if action == "remove":
-                photos.remove(file)
+                photos.remove([file])
             else:
                 photos.move(file, {"earlier": -1, "later": 1}[action])
         return draft.to_browser(), _message([]), *_view(photos, draft, _examined(photos))
@@ -142,13 +142,13 @@ class _Handlers:
             draft = replace(draft, set=None, previous_set=draft.set or draft.previous_set)
         elif draft.set is None:
             draft = replace(draft, set=_existing(workspace, draft.previous_set) or workspace.new_image_set().name)
-        return draft.to_browser(), _message([]), *_view(SubjectDataset.of(workspace, draft.set), draft)
+        return draft.to_browser(), _message([]), *_view(Dataset.of(workspace, draft.set), draft)
 
     @show_errors
     def start(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start the run, or ask for the class word if it is missing."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
-        if not draft.kind.strip() and SubjectDataset.of(workspace, draft.set).entries():
+        if not draft.kind.strip() and Dataset.of(workspace, draft.set).photos():
             gr.Info(
                 "Enter the class word: what the photos show, such as dog or toy. Then press Train.", title="Class word missing"
             )
@@ -158,11 +158,11 @@ class _Handlers:
 
 
 @contextlib.contextmanager
-def _editable_photos(workspace: Workspace, stored: dict[str, Any]) -> Iterator[tuple[SubjectDataset, Draft]]:
+def _editable_photos(workspace: Workspace, stored: dict[str, Any]) -> Iterator[tuple[Dataset, Draft]]:
     """The user's photos for editing: a new dataset in place of the example, a copy if a run was started with them."""
     draft = Draft.from_browser(stored)
     set_id = draft.set or workspace.new_image_set().name
-    photos = SubjectDataset.of(workspace, set_id).editable(workspace)
+    photos = Dataset.of(workspace, set_id).editable(workspace)
     yield photos, replace(draft, set=photos.id, previous_set=None)
 
 
@@ -179,9 +179,9 @@ def _existing(workspace: Workspace, set_id: str | None) -> str | None:
         return None
 
 
-def _examined(photos: SubjectDataset) -> str:
+def _examined(photos: Dataset) -> str:
     """The cards with the results of the image checks. The first call loads the model libraries."""
-    if not photos.entries():
+    if not photos.photos():
         return cards(photos, None)
     from webui.work import photos as work_photos
 
@@ -189,13 +189,13 @@ def _examined(photos: SubjectDataset) -> str:
     return cards(photos, checked.images, checked.together)
 
 
-def _view(photos: SubjectDataset, draft: Draft, checked: str | None = None) -> tuple[Any, ...]:
+def _view(photos: Dataset, draft: Draft, checked: str | None = None) -> tuple[Any, ...]:
     """The updates of the `PARTS` components that show the photos.
 
     Args:
         checked: the cards with the results of the image checks; None if the checks have not run.
     """
-    has_photos = bool(photos.entries())
+    has_photos = bool(photos.photos())
     label = "Back to your photos" if draft.previous_set else "Use your own photos"
     return (
         EXAMPLE_INTRO if photos.is_example else UPLOAD_INTRO,
@@ -208,5 +208,5 @@ def _view(photos: SubjectDataset, draft: Draft, checked: str | None = None) -> t
     )
 
 
-def _signature(photos: SubjectDataset, draft: Draft) -> list[str]:
+def _signature(photos: Dataset, draft: Draft) -> list[str]:
     return [str(photos.id), str(draft.previous_set), *photos.signature()]

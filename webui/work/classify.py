@@ -25,9 +25,9 @@ from pipelines.fewshot.sources import DatasetSource
 from pipelines.images import read_image
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
-from webui.incoming import display_name, read_upload
-from webui.labelled_classes import EXAMPLE, LabelledClasses
+from webui.labelled_datasets import EXAMPLE, LabelledClasses
 from webui.runs import read_cached
+from webui.uploads import display_name, read_upload
 
 # The zero-shot accuracy uses at most MOST_ZERO_SHOT images, but FEWEST_OF_CLASS of every class, to take a few seconds.
 MOST_ZERO_SHOT, FEWEST_OF_CLASS, MOST_FEATURES = 200, 2, 20_000

@@ -13,40 +13,37 @@ from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
 from pipelines.fewshot.shots import split_notes
 from pipelines.fewshot.sources import DatasetSource
-from webui.labelled_classes import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
+from webui.datasets import num_test_images
+
+# The key, the name, the images and the number of images outside of the test split.
+ClassRow = tuple[str, str, tuple[DatasetSource, ...], int]
 
 
 @lru_cache(maxsize=1)
-def example() -> LabelledClasses:
-    """scikit-learn's handwritten digits."""
-    return _classes(EXAMPLE, "example", None, sample_set())
+def example() -> tuple[list[ClassRow], tuple[str, ...]]:
+    """The classes of scikit-learn's handwritten digits, and sentences on how they were read."""
+    return _classes(sample_set())
 
 
-def pointed_to(set_id: str, path: Path, names: Mapping[str, str]) -> LabelledClasses:
-    """The class folders in `path`, with the classes in `names` renamed.
+def read_folder(path: Path, names: Mapping[str, str]) -> tuple[list[ClassRow], tuple[str, ...]]:
+    """The class folders in `path`, with the classes in `names` renamed, and sentences on how they were read.
 
     Raises: InputError if the folder cannot be used, or two classes would have the same name.
     """
     dataset = load_folder(path)
-    class_names = {key: name for key, name in names.items() if key in dataset.keys}
-    return _classes(set_id, "folder", path, rename(dataset, class_names))
+    return _classes(rename(dataset, {key: name for key, name in names.items() if key in dataset.keys}))
 
 
-def _classes(set_id: str, kind: Kind, path: Path | None, dataset: LabelledSet) -> LabelledClasses:
+def _classes(dataset: LabelledSet) -> tuple[list[ClassRow], tuple[str, ...]]:
     images: list[list[DatasetSource]] = [[] for _ in dataset.classes]
     for image in dataset.images:
         images[image.label].append(image.source)
     tested = Counter(image.label for image in dataset.of_part("test"))
-    classes = tuple(
-        LabelledClass(
-            key,
-            name,
-            tuple(class_images),
-            len(class_images) - (tested[label] if dataset.parts else held_out_of(len(class_images))),
-        )
-        for label, (key, name, class_images) in enumerate(zip(dataset.keys, dataset.classes, images, strict=True))
-    )
-    return LabelledClasses(set_id, kind, path, classes, (*dataset.notes, *split_notes(dataset)))
+    rows = [
+        (key, name, tuple(sources), len(sources) - (tested[label] if dataset.parts else num_test_images(len(sources))))
+        for label, (key, name, sources) in enumerate(zip(dataset.keys, dataset.classes, images, strict=True))
+    ]
+    return rows, (*dataset.notes, *split_notes(dataset))
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,7 @@ from pipelines.subject.encoding import CropConfig
 from pipelines.subject.image_checks import Finding, check_images
 from pipelines.subject.prompt_length import long_prompts
 from training.options import SubjectOptions
-from webui.image_dataset import SubjectDataset, as_address
-from webui.image_datasets import Entry
+from webui.datasets import Dataset, DatasetImage
 
 # Assumed for models that are not on this machine.
 SDXL_RESOLUTION, SDXL_MULTIPLE = 1024, 32
@@ -47,7 +48,7 @@ class CheckedImages:
     together: tuple[str, ...]
 
 
-def checked_images(images: SubjectDataset) -> CheckedImages:
+def checked_images(images: Dataset) -> CheckedImages:
     """The results of the image checks, cached until an image changes.
 
     Raises: InputError if no image can be used.
@@ -56,8 +57,8 @@ def checked_images(images: SubjectDataset) -> CheckedImages:
 
 
 @functools.lru_cache(maxsize=64)
-def _checked_images(images: SubjectDataset, signature: tuple[str, ...]) -> CheckedImages:
-    report, names = check_images(images.folder), _Names(images.folder, images.entries())
+def _checked_images(images: Dataset, signature: tuple[str, ...]) -> CheckedImages:
+    report, names = check_images(images.folder), _Names(images.folder, images.photos())
     findings = {
         diagnosis.path.name: CheckedImage(diagnosis.verdict, tuple(map(names.sentence, diagnosis.findings)))
         for diagnosis in report.images
@@ -75,7 +76,7 @@ class _Names:
     """
 
     folder: Path
-    entries: list[Entry]
+    entries: list[DatasetImage]
 
     def sentence(self, finding: Finding) -> str:
         words = finding.words.replace(repr(self.folder.name.replace("_", " ")), "your subject")
@@ -99,7 +100,7 @@ class Crop:
     variants: int
 
 
-def crops(images: SubjectDataset, options: SubjectOptions) -> list[Crop]:
+def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
     """Each image as the model sees it in training with `options`.
 
     Raises: InputError if an image or a size cannot be used.
@@ -108,14 +109,14 @@ def crops(images: SubjectDataset, options: SubjectOptions) -> list[Crop]:
     return [_crop(path, path.stat().st_mtime_ns, position, crop_config) for position, path in enumerate(images.files())]
 
 
-def long_prompts_of(images: SubjectDataset, options: SubjectOptions) -> list[str]:
+def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
     """A sentence for each prompt or caption that is truncated; none if the model's tokenizers are not on this machine."""
     data = options.data
     prompts = dict.fromkeys(options.output.validation_prompt, "validation prompt")
     if data.with_prior_preservation and data.class_prompt:
         prompts[data.class_prompt] = "class prompt"
     prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
-    captions = [(Path(entry.name), entry.caption) for entry in images.entries() if entry.caption]
+    captions = [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption]
     tokenizers = _tokenizers(model_path(options.model.pretrained_model_name_or_path))
     return [prompt.summary() for prompt in long_prompts(tokenizers, prompts, captions)]
 
@@ -161,4 +162,8 @@ def _crop(path: Path, changed: int, position: int, crop_config: CropConfig) -> C
     preview = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
     size = (preview.height, preview.width)
     preview.thumbnail((384, 384))
-    return Crop(as_address(preview), size, len(variants))
+    stream = io.BytesIO()
+    preview.save(stream, "PNG")
+    # A data URL, so that the server stores no file for each setting that is tried.
+    address = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return Crop(address, size, len(variants))

@@ -3,20 +3,28 @@
 import json
 import subprocess
 import zipfile
-from pathlib import Path
 
 import psutil
 import pytest
-from class_folders import COLOURS, colour_folder, colour_set, coloured
+from class_folders import COLOURS, colour_folder, colour_set, coloured, images_of
 
 from pipelines.errors import InputError
 from pipelines.fewshot.loading import load_folder
 from pipelines.fewshot.shots import sample_split
-from webui import class_presets, class_runs, class_sets, panel
+from webui import class_presets, class_runs, panel
 from webui.class_presets import CLASSIFY
+from webui.datasets import Dataset
 from webui.draft import merged
-from webui.image_datasets import add_class, move_image, read_set, remove_image, rename_class
-from webui.labelled_classes import EXAMPLE
+from webui.labelled_datasets import (
+    EXAMPLE,
+    class_datasets,
+    dataset_of_run,
+    find_classes,
+    point_to,
+    rename_class,
+    title,
+    uploaded_classes,
+)
 from webui.presets import preset_named
 from webui.screens import class_images
 from webui.uploads import add_images, add_zip
@@ -30,147 +38,150 @@ def workspace(tmp_path):
 
 
 @pytest.fixture
-def folder(workspace, tmp_path):
+def dataset(workspace, tmp_path):
     """A dataset of three classes with six images each."""
     return colour_set(workspace, tmp_path / "given")
 
 
-def more(folder, key, name, places, scratch):
+def more(dataset, key, name, places, scratch):
     """Add further images to a class; returns their file names."""
     scratch.mkdir()
     for place in places:
         (scratch / f"{place}.png").write_bytes(coloured(name, place))
-    return add_images(folder, sorted(scratch.iterdir()), key).names
+    return add_images(dataset, sorted(scratch.iterdir()), key).names
 
 
-def test_the_recipe_uses_the_test_split_of_the_dataset(folder):
-    split = sample_split(load_folder(folder), "all", 0)
-    kept = class_sets.read_split(folder)
-    assert {name for name, _ in split.names["test"]} == kept["test"]
-    assert {name for part in ("train", "val") for name, _ in split.names[part]} == kept["train"]
-    assert [sum(name.startswith(key) for name in kept["test"]) for key in ("c00", "c01", "c02")] == [2, 2, 2]
+def test_the_recipe_uses_the_test_split_of_the_dataset(dataset):
+    split = sample_split(load_folder(dataset.folder), "all", 0)
+    tested = images_of(dataset, "test")
+    assert {name for name, _ in split.names["test"]} == tested
+    assert {name for part in ("train", "val") for name, _ in split.names[part]} == images_of(dataset, "train")
+    assert [sum(name.startswith(key) for name in tested) for key in ("c00", "c01", "c02")] == [2, 2, 2]
 
 
-def test_images_added_later_fill_up_the_test_split_and_move_none_out_of_it(folder, tmp_path):
-    before = class_sets.read_split(folder)
-    added = more(folder, "c00", "ruby", range(20, 30), tmp_path / "more")
-    class_sets.update_split(folder)
-    after = class_sets.read_split(folder)
+def test_images_added_later_fill_up_the_test_split_and_move_none_out_of_it(dataset, tmp_path):
+    before = {part: images_of(dataset, part) for part in ("train", "test")}
+    added = more(dataset, "c00", "ruby", range(20, 30), tmp_path / "more")
+    after = {part: images_of(dataset, part) for part in ("train", "test")}
     assert before["test"] < after["test"]
     assert before["train"] < after["train"]
     # 30% of sixteen images are five test images, two of which existed before.
     assert len(set(added) & after["test"]) == 3
 
 
-def test_corrections_are_training_images_and_never_test_images(folder, tmp_path):
-    before = class_sets.read_split(folder)
+def test_corrections_are_training_images_and_never_test_images(dataset, tmp_path):
+    before = images_of(dataset, "test")
     (tmp_path / "new").mkdir()
     files = [tmp_path / "new" / f"{place}.png" for place in range(10)]
     for place, file in enumerate(files):
         file.write_bytes(coloured("ruby", 100 + place))
-    added = class_sets.add_corrections(folder, {"c00": files})
+    added = add_images(dataset, files, "c00", "train")
     assert len(added.names) == 10
-    assert class_sets.read_split(folder)["test"] == before["test"]
-    class_sets.update_split(folder)
-    assert not set(added.names) & class_sets.read_split(folder)["test"]
+    assert images_of(dataset, "test") == before
+    assert not set(added.names) & images_of(dataset, "test")
 
 
-def test_the_recipe_reads_a_dataset_after_images_are_removed_or_moved(folder):
-    tested = sorted(class_sets.read_split(folder)["test"])[0]
-    remove_image(folder, tested)
-    moved = move_image(folder, read_set(folder).classes[1].images[0].file, "c02")
-    class_sets.update_split(folder)
-    parts = load_folder(folder).parts
+def test_the_recipe_reads_a_dataset_after_images_are_removed_or_moved(dataset):
+    tested = sorted(images_of(dataset, "test"))[0]
+    dataset.remove([tested])
+    moved = dataset.move_to_class(dataset.content().classes[1].images[0].file, "c02")
+    parts = load_folder(dataset.folder).parts
     assert tested not in parts
     assert moved in parts
 
 
-def test_the_recipe_gets_class_names_by_folder(folder, workspace):
-    rename_class(folder, "c01", "green leaf")
-    options = class_sets.find(workspace, folder.name).data_options()
-    assert options["data_dir"] == str(folder.absolute())
+def test_a_test_image_stays_one_when_its_class_is_corrected(dataset):
+    tested = min(images_of(dataset, "test"))
+    moved = dataset.move_to_class(tested, "c02")
+    assert moved in images_of(dataset, "test")
+
+
+def test_the_recipe_gets_class_names_by_folder(dataset, workspace):
+    rename_class(dataset, "c01", "green leaf")
+    options = find_classes(workspace, dataset.id).data_options()
+    assert options["data_dir"] == str(dataset.folder.absolute())
     assert options["class_names"] == ["c00=ruby", "c01=green leaf", "c02=sea"]
 
 
 def test_warnings_name_what_prevents_training(workspace, tmp_path):
-    folder = workspace.new_image_set()
-    assert "no classes yet" in class_sets.warnings(class_sets.uploaded_set(folder))[0]
-    more(folder, add_class(folder, "ruby"), "ruby", range(20), tmp_path / "a")
-    assert "only one class" in class_sets.warnings(class_sets.uploaded_set(folder))[0]
-    more(folder, add_class(folder, "leaf"), "leaf", range(2), tmp_path / "b")
-    found = class_sets.uploaded_set(folder)
-    assert "leaf has 2 images. Training needs at least 3" in class_sets.warnings(found)[0]
-    assert not class_sets.is_ready(found)
-    more(folder, "c01", "leaf", range(2, 4), tmp_path / "c")
-    found = class_sets.uploaded_set(folder)
-    assert class_sets.is_ready(found)
-    told = " ".join(class_sets.warnings(found))
+    dataset = Dataset(workspace.new_image_set())
+    assert "no classes yet" in uploaded_classes(dataset).warnings()[0]
+    more(dataset, dataset.add_class("ruby"), "ruby", range(20), tmp_path / "a")
+    assert "only one class" in uploaded_classes(dataset).warnings()[0]
+    more(dataset, dataset.add_class("leaf"), "leaf", range(2), tmp_path / "b")
+    found = uploaded_classes(dataset)
+    assert "leaf has 2 images. Training needs at least 3" in found.warnings()[0]
+    assert not found.is_ready
+    more(dataset, "c01", "leaf", range(2, 4), tmp_path / "c")
+    found = uploaded_classes(dataset)
+    assert found.is_ready
+    told = " ".join(found.warnings())
     assert "leaf has fewer than 10 images" in told
 
 
-def test_an_image_in_two_classes_is_named(workspace, folder, tmp_path):
-    assert class_sets.duplicates(class_sets.uploaded_set(folder)) == []
-    more(folder, "c02", "ruby", [0], tmp_path / "copy")
-    (told,) = class_sets.duplicates(class_sets.uploaded_set(folder))
+def test_an_image_in_two_classes_is_named(workspace, dataset, tmp_path):
+    assert uploaded_classes(dataset).duplicates() == []
+    more(dataset, "c02", "ruby", [0], tmp_path / "copy")
+    (told,) = uploaded_classes(dataset).duplicates()
     assert "1 image is in more than one class: ruby and sea." in told
 
 
 def test_a_local_folder_is_not_changed(workspace, tmp_path):
     given = colour_folder(tmp_path / "mine", 4)
     before = sorted(path.name for path in given.rglob("*"))
-    set_id = class_sets.point_to(workspace, str(given))
-    class_sets.name_pointed_class(workspace.image_set(set_id), "sea", "the sea")
-    found = class_sets.find(workspace, set_id)
+    set_id = point_to(workspace, str(given))
+    rename_class(Dataset.of(workspace, set_id), "sea", "the sea")
+    found = find_classes(workspace, set_id)
     assert found.kind == "folder"
     assert found.data_options() == {"data_dir": str(given), "class_names": ["sea=the sea"]}
     assert sorted(path.name for path in given.rglob("*")) == before
-    assert class_sets.class_sets(workspace) == [set_id]
+    assert class_datasets(workspace) == [set_id]
 
 
 @pytest.mark.parametrize(("name", "words"), [("leaf", "must be unique"), ("  ", "one line of text")])
 def test_a_class_of_a_local_folder_rejects_names_that_training_would_refuse(workspace, tmp_path, name, words):
-    folder = workspace.image_set(class_sets.point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
+    dataset = Dataset.of(workspace, point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
     with pytest.raises(InputError, match=words):
-        class_sets.name_pointed_class(folder, "sea", name)
-    assert class_sets.find(workspace, folder.name).names() == {name: name for name in sorted(COLOURS)}
+        rename_class(dataset, "sea", name)
+    assert [one.name for one in find_classes(workspace, dataset.id).classes] == sorted(COLOURS)
 
 
 def test_guests_cannot_use_local_folders(tmp_path):
     guest = Workspace(tmp_path / "runs", tmp_path / "sets", "ann", is_local=False)
     given = colour_folder(tmp_path / "mine", 4)
     with pytest.raises(InputError, match="only from this machine"):
-        class_sets.point_to(guest, str(given))
+        point_to(guest, str(given))
     host = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     with pytest.raises(InputError, match="only from this machine"):
-        class_sets.find(guest, class_sets.point_to(host, str(given)))
+        find_classes(guest, point_to(host, str(given)))
 
 
 @pytest.mark.parametrize("path", ["", "  ", "/no/such/folder"])
 def test_a_missing_folder_is_refused(workspace, path):
     with pytest.raises(InputError, match="There is no folder"):
-        class_sets.point_to(workspace, path)
+        point_to(workspace, path)
 
 
 def test_the_example_is_a_set_of_ten_digits(workspace):
-    found = class_sets.find(workspace, EXAMPLE)
-    assert found.names() == {str(digit): str(digit) for digit in range(10)}
+    found = find_classes(workspace, EXAMPLE)
+    assert [(one.key, one.name) for one in found.classes] == [(str(digit), str(digit)) for digit in range(10)]
     assert found.count == 1797
     assert found.data_options() == {}
 
 
-def test_the_shots_are_limited_by_the_smallest_class(folder, workspace, tmp_path):
-    classes = class_sets.find(workspace, folder.name)
+def test_the_shots_are_limited_by_the_smallest_class(dataset, workspace, tmp_path):
+    classes = find_classes(workspace, dataset.id)
     # Four of six images are not test images: two for training and two for validation.
     assert class_presets.fitting_shots(classes, ["2"]) == ["2"]
     assert class_presets.fitting_shots(classes, ["16"]) == ["all"]
-    split = sample_split(load_folder(folder), 2, 0)
+    split = sample_split(load_folder(dataset.folder), 2, 0)
     assert len(split.names["train"]) == 6
     with pytest.raises(InputError, match="fewer shots"):
-        sample_split(load_folder(folder), 3, 0)
+        sample_split(load_folder(dataset.folder), 3, 0)
 
 
-def test_shots_set_by_the_user_are_not_changed(folder, workspace):
-    classes, fast = class_sets.find(workspace, folder.name), preset_named(CLASSIFY, "Fast").options()
+def test_shots_set_by_the_user_are_not_changed(dataset, workspace):
+    classes, fast = find_classes(workspace, dataset.id), preset_named(CLASSIFY, "Fast").options()
     assert class_presets.completed(classes, fast, {})["data"]["shots"] == ["all"]
     own = {"data": {"shots": ["3"]}}
     assert class_presets.completed(classes, fast | {"data": {"shots": ["3"]}}, own)["data"]["shots"] == ["3"]
@@ -178,57 +189,57 @@ def test_shots_set_by_the_user_are_not_changed(folder, workspace):
 
 def test_steps_are_limited_for_large_classes(workspace):
     best = preset_named(CLASSIFY, "Best").options()
-    found = class_presets.completed(class_sets.find(workspace, EXAMPLE), best, {})
+    found = class_presets.completed(find_classes(workspace, EXAMPLE), best, {})
     fewest = 174 - round(0.3 * 174)
     assert found["optimisation"]["iterations_per_shot"] == class_presets.MOST_STEPS // fewest
 
 
 @pytest.mark.parametrize("name", [preset.name for preset in CLASSIFY])
-def test_the_recipe_accepts_every_preset(name, folder, workspace):
+def test_the_recipe_accepts_every_preset(name, dataset, workspace):
     from webui.work.options import build
 
-    values = class_presets.completed(class_sets.find(workspace, folder.name), preset_named(CLASSIFY, name).options(), {})
+    values = class_presets.completed(find_classes(workspace, dataset.id), preset_named(CLASSIFY, name).options(), {})
     options = build(workspace, "classify", values)
     assert "nora" in options.method.method
-    assert options.data.data_dir == str(Path(folder).absolute())
+    assert options.data.data_dir == str(dataset.folder.absolute())
 
 
-def test_the_dataset_of_a_run_is_found_again(folder, workspace, tmp_path):
+def test_the_dataset_of_a_run_is_found_again(dataset, workspace, tmp_path):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
-    for data_dir, expected in ((str(folder.absolute()), folder.name), (None, EXAMPLE), (str(tmp_path), None)):
+    for data_dir, expected in ((str(dataset.folder.absolute()), dataset.id), (None, EXAMPLE), (str(tmp_path), None)):
         (run / "options.json").write_text(json.dumps({"data": {"data_dir": data_dir}}))
-        assert class_sets.set_of_run(workspace, workspace.run(run.name)) == expected
+        assert dataset_of_run(workspace, workspace.run(run.name)) == expected
 
 
-def test_images_of_an_active_run_cannot_be_changed(folder, workspace):
+def test_images_of_an_active_run_cannot_be_changed(dataset, workspace):
     run = workspace.new_run()
-    launch = {"task": "classify", "options": {"data": {"data_dir": str(folder.absolute())}}, "created": 0.0}
+    launch = {"task": "classify", "options": {"data": {"data_dir": str(dataset.folder.absolute())}}, "created": 0.0}
     (run / "launch.json").write_text(json.dumps(launch))
     sleeping = subprocess.Popen(["sleep", "60"])
     own = {"pid": sleeping.pid, "pid_started": psutil.Process(sleeping.pid).create_time()}
     try:
         (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
         with pytest.raises(InputError, match="is training on these images"):
-            class_runs.check_free(workspace, folder)
+            class_runs.check_free(workspace, dataset.folder)
     finally:
         sleeping.kill()
         sleeping.wait()
-    class_runs.check_free(workspace, folder)
+    class_runs.check_free(workspace, dataset.folder)
 
 
-def test_the_title_of_a_dataset_lists_its_classes(folder, workspace):
-    assert class_sets.title(workspace, folder.name) == f"{', '.join(COLOURS)} (18 images)"
+def test_the_title_of_a_dataset_lists_its_classes(dataset, workspace):
+    assert title(workspace, dataset.id) == f"{', '.join(COLOURS)} (18 images)"
 
 
-def test_a_run_starts_with_the_pending_input_of_the_expert_panel(folder, workspace):
+def test_a_run_starts_with_the_pending_input_of_the_expert_panel(dataset, workspace):
     about = panel.FieldSource(None, "classify", CLASSIFY, None, None, class_runs.complete)
-    draft = {"set": folder.name, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
+    draft = {"set": dataset.id, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
     settled = about.with_pending_input(workspace, draft)
     assert settled["options"] == {"optimisation": {"min_train_steps": 4}}
     values = class_runs.complete(workspace, settled, merged(about.preset(settled).options(), settled["options"]))
     assert values["optimisation"] == {"min_train_steps": 4}
-    assert values["data"]["data_dir"] == str(folder.absolute())
+    assert values["data"]["data_dir"] == str(dataset.folder.absolute())
 
 
 def split_zip(path, folders, name="ruby", each=3, more=None):
@@ -244,19 +255,18 @@ def split_zip(path, folders, name="ruby", each=3, more=None):
 
 @pytest.mark.parametrize("how", ["folders", "split.json"])
 def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
-    folder, keys = workspace.new_image_set(), ("ruby", "leaf")
+    dataset, keys = Dataset(workspace.new_image_set()), ("ruby", "leaf")
     if how == "folders":
         path = split_zip(tmp_path / "a.zip", [f"set/{word}/{key}" for word in ("Training", "Test_Set") for key in keys])
     else:
         files = [f"{key}/{place}{number}.png" for place, key in enumerate(keys) for number in range(4)]
         split = {"Train": [file for file in files if file[-5] < "2"], "TEST": [file for file in files if file[-5] >= "2"]}
         path = split_zip(tmp_path / "a.zip", keys, each=4, more={"split.json": json.dumps(split)})
-    added = add_zip(folder, path)
+    added = add_zip(dataset, path)
     assert not added.refused
-    class_sets.update_split_after_upload(folder, added)
-    assert [one.name for one in read_set(folder).classes] == ["leaf", "ruby"] if how == "folders" else ["ruby", "leaf"]
-    names = {entry.file: entry.name for entry in read_set(folder).entries()}
-    tested = {names[file] for file in class_sets.read_split(folder)["test"]}
+    assert [one.name for one in dataset.content().classes] == ["leaf", "ruby"] if how == "folders" else ["ruby", "leaf"]
+    names = {entry.file: entry.name for entry in dataset.content().images()}
+    tested = {names[file] for file in images_of(dataset, "test")}
     # The third and fourth image are test images, by their folder or by split.json.
     expected = (
         {"20.png", "21.png", "22.png", "30.png", "31.png", "32.png"}
@@ -264,8 +274,7 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
         else {"02.png", "03.png", "12.png", "13.png"}
     )
     assert tested == expected
-    class_sets.update_split(folder)
-    assert {names[file] for file in class_sets.read_split(folder)["test"]} == expected
+    assert {names[file] for file in images_of(dataset, "test")} == expected
     assert "Split by " in class_images._upload_summary(added)
 
 
@@ -277,17 +286,17 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     ],
 )
 def test_a_zip_with_an_ambiguous_split_is_refused(workspace, tmp_path, folders, message):
-    folder = workspace.new_image_set()
+    dataset = Dataset(workspace.new_image_set())
     with pytest.raises(InputError, match=message):
-        add_zip(folder, split_zip(tmp_path / "a.zip", folders))
-    assert not read_set(folder).entries()
+        add_zip(dataset, split_zip(tmp_path / "a.zip", folders))
+    assert not dataset.content().images()
 
 
 def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(workspace, tmp_path):
     mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf", "sea")).parent
     colour_folder(mine / "Test", 2, ("ruby", "leaf"))
     (mine / "Train" / "sea" / "<b>.txt").touch()
-    found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
+    found = find_classes(workspace, point_to(workspace, str(mine)))
     shown = class_images._summary(found, None)
     assert "Split by folders: &#x27;Train&#x27; is train (12 images)" in shown
     assert "1 file with the suffix .txt is not used: 1 in class &#x27;sea&#x27;." in shown
@@ -298,6 +307,6 @@ def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(work
 def test_a_class_with_only_test_images_cannot_be_trained(workspace, tmp_path):
     mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf")).parent
     colour_folder(mine / "Test", 4, ("ruby", "leaf", "sea"))
-    found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
-    assert not class_sets.is_ready(found)
-    assert any("All images of sea are test images" in one for one in class_sets.warnings(found))
+    found = find_classes(workspace, point_to(workspace, str(mine)))
+    assert not found.is_ready
+    assert any("All images of sea are test images" in one for one in found.warnings())
