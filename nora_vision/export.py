@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -22,13 +23,14 @@ from .calibration import base_name, unwrapped
 from .components import adapted_components
 from .factors import Factors, in_weight_shape, low_rank_factors
 from .files import write_tensors
-from .kohya import kohya_header, kohya_name
+from .kohya import SDXL_TEXT_WIDTH, SDXL_WIDTHS, kohya_header, kohya_name
 from .lycoris import LycorisForm, lycoris_form
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 ExportFormat = Literal["diffusers", "kohya"]
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 # By component and by the layer's name.
@@ -41,6 +43,7 @@ def export_lora(
     path: str | os.PathLike,
     adapter_name: str | Mapping[str, float] = "default",
     format: ExportFormat = "diffusers",
+    metadata: Mapping[str, str] = NO_METADATA,
 ) -> Path:
     """Write an adapter of any method at scale 1 as one LoRA file and return the file's path.
 
@@ -57,6 +60,7 @@ def export_lora(
         pipe: with the adapter on its UNet, its text encoders, or both.
         path: the .safetensors file to write, or the folder to write it in.
         adapter_name: name of the adapter, or names and scales of several.
+        metadata: further entries of the file's header, such as "modelspec.title".
     Raises: ValueError if no component has the adapter, or a part of it is not a low-rank change of a known layer;
         nothing is written then.
     """
@@ -67,21 +71,28 @@ def export_lora(
         raise ValueError("There must be at least one adapter to export, got none.")
     of_each = [(_changes_by_component(pipe, name), scale) for name, scale in scales.items()]
     if not isinstance(adapter_name, str):
-        return _write(pipe, Path(path), format, _sum_of(of_each), {}, list(scales))
-    return _write(pipe, Path(path), format, of_each[0][0], _forms_by_component(pipe, adapter_name), [adapter_name])
+        return _write(pipe, Path(path), format, _sum_of(of_each), {}, list(scales), metadata)
+    forms = _forms_by_component(pipe, adapter_name)
+    return _write(pipe, Path(path), format, of_each[0][0], forms, [adapter_name], metadata)
 
 
 def export_both(
-    pipe: StableDiffusionXLPipeline, diffusers_path: os.PathLike, kohya_path: os.PathLike, adapter_name: str
+    pipe: StableDiffusionXLPipeline,
+    diffusers_path: os.PathLike,
+    kohya_path: os.PathLike,
+    adapter_name: str,
+    metadata: Mapping[str, str] = NO_METADATA,
 ) -> dict[ExportFormat, Path]:
     """Write an adapter at scale 1 in both formats, for which its factors are computed once.
 
+    Args:
+        metadata: further entries of both headers.
     Returns: the files' paths.
     Raises: as `export_lora`.
     """
     changes, forms = _changes_by_component(pipe, adapter_name), _forms_by_component(pipe, adapter_name)
     paths: dict[ExportFormat, Path] = {"diffusers": Path(diffusers_path), "kohya": Path(kohya_path)}
-    return {format: _write(pipe, path, format, changes, forms, [adapter_name]) for format, path in paths.items()}
+    return {format: _write(pipe, path, format, changes, forms, [adapter_name], metadata) for format, path in paths.items()}
 
 
 def _write(
@@ -91,16 +102,17 @@ def _write(
     changes: Changes,
     forms: Forms,
     adapter_names: Sequence[str],
+    metadata: Mapping[str, str],
 ) -> Path:
     """Write one file; see `export_lora`."""
     if format == "diffusers":
         path = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
-        write_tensors(path, _diffusers_tensors(changes), _left_out(changes, {}))
+        write_tensors(path, _diffusers_tensors(changes), {**_left_out(changes, {}), **metadata})
     else:
         path = (
             path if path.suffix == ".safetensors" else path / f"{'-'.join(Path(name).name for name in adapter_names)}.safetensors"
         )
-        _write_kohya(pipe, path, changes, forms, adapter_names)
+        _write_kohya(pipe, path, changes, forms, adapter_names, metadata)
     return path
 
 
@@ -117,15 +129,22 @@ def _left_out(changes: Changes, forms: Forms) -> dict[str, str]:
 
 
 def _write_kohya(
-    pipe: StableDiffusionXLPipeline, path: Path, changes: Changes, forms: Forms, adapter_names: Sequence[str]
+    pipe: StableDiffusionXLPipeline,
+    path: Path,
+    changes: Changes,
+    forms: Forms,
+    adapter_names: Sequence[str],
+    metadata: Mapping[str, str],
 ) -> None:
     rank = Counter(len(change.down) for factors in changes.values() for change in factors.values()).most_common(1)[0][0]
     tensors = _kohya_tensors(changes, forms, float(rank), pipe.unet.config.layers_per_block)
     arguments = {"method": "+".join(sorted({_method(pipe, name) for name in adapter_names}))}
     algorithms = {form.algorithm for of_component in forms.values() for form in of_component.values()}
+    widths, text_width = tuple(pipe.unet.config.block_out_channels), pipe.unet.config.cross_attention_dim
     header = kohya_header(
         tensors,
         title=path.stem,
+        is_sdxl=(widths, text_width) == (SDXL_WIDTHS, SDXL_TEXT_WIDTH),
         rank=rank,
         network_args={**arguments, **({"algo": min(algorithms)} if algorithms else {})},
         prediction_type=pipe.scheduler.config.prediction_type,
@@ -134,7 +153,7 @@ def _write_kohya(
     )
     if algorithms:
         header["ss_network_module"] = "lycoris.kohya"
-    write_tensors(path, tensors, {**header, **_left_out(changes, forms)})
+    write_tensors(path, tensors, {**header, **_left_out(changes, forms), **metadata})
 
 
 def _method(pipe: StableDiffusionXLPipeline, adapter_name: str) -> str:

@@ -30,6 +30,11 @@ RESNET_LAYERS = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+# The widths of SDXL's UNet. A model of the same architecture but other widths has other files.
+SDXL_WIDTHS, SDXL_TEXT_WIDTH = (320, 640, 1280), 2048
+# What a header says of the base model: SDXL or a model fine-tuned from it, or another one.
+SDXL = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+CUSTOM = {"ss_base_model_version": "custom", "modelspec.architecture": "custom/lora"}
 BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -76,17 +81,19 @@ def kohya_header(
     tensors: Mapping[str, torch.Tensor],
     *,
     title: str,
+    is_sdxl: bool,
     rank: int,
     network_args: Mapping[str, Any],
     prediction_type: str,
     zero_terminal_snr: bool,
     resolution: int,
 ) -> dict[str, str]:
-    """The metadata of a kohya file; without `ss_base_model_version` A1111 lists it under SD 1.
+    """The metadata of a kohya file. A1111 lists it under SDXL if `ss_base_model_version` says so, else under SD 1.
 
     Args:
         tensors: all tensors of the file, of any shape, for its hash.
         title: name of the LoRA in other programs.
+        is_sdxl: whether the base model has the shape of SDXL.
         rank: rank and alpha of the network; layers of another rank are recognised by their shapes.
         network_args: further settings of the network.
         prediction_type: of the scheduler, "epsilon" or "v_prediction".
@@ -95,7 +102,7 @@ def kohya_header(
     """
     digest = tensor_hash(tensors)
     return {
-        "ss_base_model_version": "sdxl_base_v1-0",
+        **(SDXL if is_sdxl else CUSTOM),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
@@ -105,7 +112,6 @@ def kohya_header(
         "ss_output_name": title,
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{resolution}x{resolution}",

@@ -18,7 +18,7 @@ from torch import nn
 from nora_vision import sdxl_calibration
 from nora_vision.approximation import LeftOut
 from nora_vision.calibration import BaseCalibration
-from nora_vision.export import export_both
+from nora_vision.export import NO_METADATA, export_both
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
 from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses
@@ -136,16 +136,21 @@ def save_everywhere(
     folder: Path,
     title: str,
     adapter_name: str = ADAPTER_NAME,
+    metadata: Mapping[str, str] = NO_METADATA,
 ) -> None:
     """Write the adapter to `folder` in its native layouts (`adapter/`), in diffusers' format and in kohya's.
 
     A kohya file of another title is removed: it is an earlier export of a run directory that has been renamed since. An adapter
     that is no change of weights has only the native layouts.
+
+    Args:
+        title: the name of the kohya file without its suffix.
+        metadata: further entries of the headers of both LoRA files, such as "modelspec.title".
     """
     adapter_files.save(components, folder / "adapter", adapter_name)
     if not adapter_files.can_be_exported(components, adapter_name):
         return
-    written = export_both(pipeline, folder / "diffusers", folder / "kohya" / f"{title}.safetensors", adapter_name)
+    written = export_both(pipeline, folder / "diffusers", folder / "kohya" / f"{title}.safetensors", adapter_name, metadata)
     for path in written.values():
         if (left_out := LeftOut.read(path)) is not None:
             logger.warning(f"{path} is not exact: {left_out}. The files in {folder / 'adapter'} are exact.")

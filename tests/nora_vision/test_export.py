@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from tiny_pipeline import COMPONENTS, TARGETS, add_nora, image, tiny_pipeline, weight_changes
 
-from nora_vision import export_lora
+from nora_vision import export, export_lora
 from nora_vision.files import read_header, read_tensors
 from nora_vision.kohya import kohya_name, stability_name
 
@@ -140,17 +140,33 @@ def test_the_kohya_file_has_its_metadata_and_one_alpha(tmp_path):
     assert {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")} == {float(rank)}
     assert path.name == "toy.safetensors"
     said = header.metadata
-    assert said["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert said["ss_base_model_version"] == "custom"
     assert said["ss_network_module"] == "networks.lora"
     assert (int(said["ss_network_dim"]), float(said["ss_network_alpha"])) == (rank, rank)
     assert said["ss_v2"] == "False"
     assert json.loads(said["ss_network_args"]) == {"method": "NORA"}
     assert said["ss_output_name"] == said["modelspec.title"] == "toy"
-    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert said["modelspec.architecture"] == "custom/lora"
     assert said["modelspec.resolution"] == "16x16"
     assert said["modelspec.prediction_type"] == "epsilon"
     assert said["ss_zero_terminal_snr"] == "False"
     assert said["modelspec.hash_sha256"] == f"0x{said['sshs_model_hash']}"
+
+
+def test_only_a_file_for_the_shape_of_sdxl_claims_to_be_for_sdxl(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    add_nora(pipe, "toy", **VARIED)
+    monkeypatch.setattr(export, "SDXL_WIDTHS", tuple(pipe.unet.config.block_out_channels))
+    monkeypatch.setattr(export, "SDXL_TEXT_WIDTH", pipe.unet.config.cross_attention_dim)
+    said = read_header(export_lora(pipe, tmp_path, "toy", format="kohya")).metadata
+    assert said["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_header_has_further_entries(tmp_path, format):
+    path = export_lora(adapted("all"), tmp_path / "x.safetensors", format=format, metadata={"modelspec.title": "a toy, step 4"})
+    assert read_header(path).metadata["modelspec.title"] == "a toy, step 4"
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path):

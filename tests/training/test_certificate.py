@@ -215,7 +215,7 @@ def test_layers_that_other_programs_would_misread_are_found(tmp_path, change, fi
 @pytest.mark.parametrize(
     ("said", "finding"),
     [
-        ({"ss_base_model_version": "sd_v1"}, "ss_base_model_version must start with 'sdxl_'"),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "ss_base_model_version must be 'custom'"),
         ({"ss_v2": "True"}, "ss_v2 must be 'False'"),
         ({"ss_network_dim": "77"}, "ss_network_dim must be "),
         ({"ss_network_module": "networks.odd"}, "ss_network_module must be 'networks.lora'"),

@@ -21,6 +21,7 @@ from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
 from pipelines.subject.scores import ImageScorer
 from training.options import SubjectOptions
+from training.runs import naming
 from training.runs.card_text import CARD
 from training.runs.run import RunDirectory
 from training.runs.run_files import CERTIFYING, COMPARING, EXPORTING, UPLOADING, Suggestion
@@ -71,7 +72,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     Raises: CertificateError if stock diffusers generates other images than the trained pipeline.
     """
     run.begin(EXPORTING)
-    adapters.save_everywhere(trained.pipeline, trained.components, run.path, title_of(run, options))
+    export(run, trained, options, options.optimisation.max_train_steps)
     subject = trained.subject_images[: len(trained.before)]
     rows = [
         ("the subject", subject),
@@ -94,7 +95,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
         folder = assemble(run, options, trained.images, public_grid(rows, options))
         if options.validation.push_to_hub:
             run.begin(UPLOADING)
-            run.update_status(published=push_to_hub(folder, options.validation, title_of(run, options)))
+            run.update_status(published=push_to_hub(folder, options.validation, repository_name(run, options)))
 
 
 def summarise(run: RunDirectory, trained: Trained, options: SubjectOptions, suggestion: Suggestion) -> None:
@@ -109,8 +110,21 @@ def summarise(run: RunDirectory, trained: Trained, options: SubjectOptions, sugg
     logger.info(f"The adapter is in {paths}. Details are in {run.path / CARD}.")
 
 
-def title_of(run: RunDirectory, options: SubjectOptions) -> str:
-    """The title of the exported files: the name of the run, or "adapter" if that must not be published."""
+def export(run: RunDirectory, trained: Trained, options: SubjectOptions, step: int, recommended: bool = False) -> None:
+    """Write the adapter at `step` in all formats, under the run's title.
+
+    Args:
+        recommended: to the folder `suggested/`, from the adapter `SUGGESTED`.
+    """
+    private, groups = options.validation.private, options.to_dict()
+    title = "adapter" if private else naming.title_of(run.path, groups, "subject")
+    folder, name = (run.path / SUGGESTED, SUGGESTED) if recommended else (run.path, ADAPTER_NAME)
+    stem, header = naming.file_stem(title, step), naming.header_of(title, groups, step, private)
+    adapters.save_everywhere(trained.pipeline, trained.components, folder, stem, name, header)
+
+
+def repository_name(run: RunDirectory, options: SubjectOptions) -> str:
+    """The name of the repository on the hub, if none is given: that of the run, or "adapter" if that must not be published."""
     return "adapter" if options.validation.private else run.path.name
 
 
@@ -163,9 +177,8 @@ def suggested_rows(
     adapter_folder = adapter_at(run, suggestion.step)
     if suggestion.step == suggestion.last or not adapter_folder.is_dir():
         return []
-    title = f"{title_of(run, options)}-step-{suggestion.step}"
     with using_adapter(trained.pipeline, adapter_folder):
-        adapters.save_everywhere(trained.pipeline, trained.components, run.path / SUGGESTED, title, SUGGESTED)
+        export(run, trained, options, suggestion.step, recommended=True)
         images = images or trained.sampler.generate()
     return [(f"recommended, step {suggestion.step}", images)]
 

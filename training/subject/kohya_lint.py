@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nora_vision.files import AdapterFileError, read_header, read_tensors, tensor_hash
-from nora_vision.kohya import PREFIXES
+from nora_vision.kohya import CUSTOM, PREFIXES, SDXL
 
 PARTS = ("lora_up.weight", "lora_down.weight", "alpha")
 # The parts of a layer in a form of LyCORIS that A1111 or ComfyUI reads; one of the sets must be complete.
@@ -30,8 +30,8 @@ TEXT_LAYER = re.compile(r"text_model_encoder_layers_\d+_(self_attn_(q|k|v|out)_p
 def lint_kohya(path: Path) -> list[str]:
     """What A1111 or ComfyUI would misread in the file at `path`, a sentence each; empty if nothing is wrong.
 
-    A1111 recognises SDXL by `ss_base_model_version`. Both programs identify layers by their names in Stability's code, and ignore
-    unknown names silently.
+    A file for a base model of another shape must not claim to be for SDXL, which A1111 recognises by `ss_base_model_version`.
+    Both programs identify layers by their names in Stability's code, and ignore unknown names silently.
     """
     try:
         header, tensors = read_header(path), read_tensors(path)
@@ -52,6 +52,7 @@ def _of_header(
     ranks = Counter(len(parts["lora_down.weight"]) for parts in layers.values() if "lora_down.weight" in parts)
     rank = str(ranks.most_common(1)[0][0]) if ranks else "none"
     digest = tensor_hash(tensors)
+    base = CUSTOM if any(metadata.get(key) == value for key, value in CUSTOM.items()) else SDXL
     lycoris = any(set(parts) in LYCORIS_PARTS for parts in layers.values())
     expected = {
         "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
@@ -59,14 +60,12 @@ def _of_header(
         "ss_v2": "False",
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        **base,
         "modelspec.hash_sha256": f"0x{digest}",
     }
     findings = [
         f"{key} must be {value!r}, got {metadata.get(key)!r}" for key, value in expected.items() if metadata.get(key) != value
     ]
-    if not metadata.get("ss_base_model_version", "").startswith("sdxl_"):
-        findings.append(f"ss_base_model_version must start with 'sdxl_', got {metadata.get('ss_base_model_version')!r}")
     findings += [
         f"{key} is missing" for key in ("ss_network_alpha", "ss_output_name", "modelspec.title") if not metadata.get(key)
     ]

@@ -1,0 +1,113 @@
+"""The names of a run: the title that users see and may change, and the names of its adapter's files."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipelines.built_in import is_built_in
+from pipelines.errors import InputError
+from pipelines.run_file import RunFile
+
+PROMPT = re.compile(r"an? (?:photo|photograph|picture|image) of (?P<words>.+)", re.IGNORECASE)
+SAMPLE_TITLE, SAMPLE_CLASSES = "sks toy", "handwritten digits"
+LONGEST_TITLE, LONGEST_STEM, NAMED_CLASSES = 60, 60, 3
+DEMO_ONLY = "This file fits the demo model of NoRA Vision alone. It does not work with SDXL."
+SDXL = "This file fits SDXL 1.0 and the models that were fine-tuned from it."
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunTitle(RunFile):
+    """The title that a user gave a run."""
+
+    NAME: ClassVar[str] = "title.json"
+
+    title: str
+
+
+def set_title(folder: Path, title: str) -> None:
+    """Give the run in `folder` a title; an empty one restores the default.
+
+    Raises: InputError if it is too long.
+    """
+    words = " ".join(title.split())
+    if len(words) > LONGEST_TITLE:
+        raise InputError(f"A title may have at most {LONGEST_TITLE} characters, got {len(words)}. Shorten it.")
+    if words:
+        RunTitle(words).write(folder)
+    else:
+        (folder / RunTitle.NAME).unlink(missing_ok=True)
+
+
+def title_of(folder: Path, options: Options, task: str) -> str:
+    """The title of the run in `folder`: the user's, else the default.
+
+    Args:
+        options: of the run, by group.
+        task: "subject" or "classify".
+    Raises: InputError if title.json cannot be read.
+    """
+    given = RunTitle.read(folder)
+    return default_title(options, task) if given is None else given.title
+
+
+def default_title(options: Options, task: str) -> str:
+    """The trigger word and the class word of a subject, or the classes of a classifier."""
+    data = options.get("data") or {}
+    title = _classes(data) if task == "classify" else _subject(data.get("instance_prompt"))
+    return title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 1]}…"
+
+
+def _subject(prompt: object) -> str:
+    words = " ".join(str(prompt).split()) if prompt else SAMPLE_TITLE
+    match = PROMPT.fullmatch(words)
+    return match["words"] if match else words
+
+
+def _classes(data: Options) -> str:
+    given = data.get("class_names")
+    names = [str(each).partition("=")[2] for each in given] if isinstance(given, list) else []
+    if names:
+        more = len(names) - NAMED_CLASSES
+        return ", ".join(names[:NAMED_CLASSES]) + (f" and {more} more" if more > 0 else "")
+    folder = data.get("dataset") or data.get("data_dir")
+    return Path(str(folder)).name if folder else SAMPLE_CLASSES
+
+
+def file_stem(title: str, step: int) -> str:
+    """The name of an adapter's files without their suffix, such as sks-duck-step40; safe in every file system."""
+    plain = unicodedata.normalize("NFKC", title)
+    stem = re.sub(r"[^\w]+", "-", plain).strip("-_")[:LONGEST_STEM].rstrip("-_")
+    return f"{stem or 'adapter'}-step{step}"
+
+
+def fits(base_model: str) -> str:
+    """Which base models a LoRA file fits, as a sentence.
+
+    Args:
+        base_model: name or path of the model that it was trained on.
+    """
+    return DEMO_ONLY if is_built_in(base_model) else SDXL
+
+
+def header_of(title: str, options: Options, step: int, private: bool = False) -> dict[str, str]:
+    """What the header of an exported LoRA file says of the run: title, trigger phrase and base model.
+
+    Args:
+        private: without words of the user and the name of a model that is not public.
+    """
+    model = Path(str((options.get("model") or {}).get("pretrained_model_name_or_path"))).name
+    header = {"modelspec.description": fits(model)}
+    if private:
+        return header
+    phrase = _subject((options.get("data") or {}).get("instance_prompt"))
+    return header | {
+        "modelspec.title": f"{title}, step {step}",
+        "modelspec.trigger_phrase": phrase,
+        "ss_sd_model_name": model,
+    }
