@@ -1,7 +1,8 @@
-"""Line plots by gr.LinePlot: series to a data frame, an update that is sent only when it changed, and a table of the values.
+"""Line plots by gr.LinePlot: data frames that are sent only when they changed, and tables of the values.
 
-A change of the data alone redraws the lines; a change of the series or of the x axis builds the plot again. So the limits of the
-y axis are left to the plot, and a series keeps its name while it grows.
+Gradio draws outdated data if series or axes of a plot change together with its data. So a component names its series and their
+colours once, and only its data changes, which is also cheap: the browser moves the lines of the plot that it has. A row without a
+value keeps an empty series in the legend and extends the x axis.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from webui.context import LazyUpdate
-from webui.render import render
+from webui.render import parts
 
 Point = tuple[float, float]
 # More points than a screen resolves, and rows of a table that a person would listen to.
@@ -26,73 +27,70 @@ COLOURS = ("#0d9488", "#ea580c", "#7c7ff2", "#c026d3")
 PALE, LIMIT, MARKED = "#94a3b880", "#dc2626", "#64748b"
 
 
+def line_plot(
+    title: str, series: Sequence[str], hint: str = "", colours: Mapping[str, str] | None = None, **named: object
+) -> gr.LinePlot:
+    """A component for the updates of a `Plot`, hidden until the first.
+
+    Args:
+        series: the names of all series.
+        hint: a sentence below the plot that says how to read it.
+        colours: of the series that do not take the next of `COLOURS`.
+        named: further arguments of gr.LinePlot.
+    """
+    others = iter(COLOURS)
+    return gr.LinePlot(
+        x=X, y=Y, color=SERIES, color_map={name: (colours or {}).get(name) or next(others) for name in series}, title=title,
+        caption=hint or None, x_title=named.pop("x_title", X), y_title=" ", color_title=" ", height=240, visible=False,
+        buttons=["fullscreen", "export"], elem_classes="plot", **named,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Plot:
-    """The content of one plot.
+    """The data of one plot.
 
     Args:
         title: of its table of values.
-        series: points (x, y), by x, by the name of the series in the legend. A line has at least two points.
+        series: points (x, y), by x, by the names of the component's series, empty ones included. A line has two points or more.
         x_range: of the x axis.
-        colours: of the series that do not take the next of `COLOURS`.
-        marked: an x with a vertical line, and the line's name; None for none.
+        marked: the series of a vertical line and its x, None without such a line at present.
     """
 
     title: str
     series: Mapping[str, Sequence[Point]]
     x_range: Point
-    colours: Mapping[str, str] | None = None
-    marked: tuple[float, str] | None = None
+    marked: tuple[str, float | None] | None = None
 
     @property
     def lines(self) -> dict[str, list[Point]]:
-        """The points of each line on the screen."""
-        lines = {name: thinned(points, MOST_POINTS) for name, points in self.series.items() if len(points) > 1}
-        if lines and self.marked is not None:
-            values = [y for points in lines.values() for _, y in points]
-            x, name = self.marked
-            lines[name] = [(x, min(values)), (x, max(values))]
-        return lines
+        """The points of each line on the screen; without any line, it is empty."""
+        lines = {name: thinned(points, MOST_POINTS) if len(points) > 1 else [] for name, points in self.series.items()}
+        values = [y for points in lines.values() for _, y in points]
+        if values and self.marked is not None:
+            name, x = self.marked
+            lines[name] = [] if x is None else [(x, min(values)), (x, max(values))]
+        return lines if values else {}
 
     def update(self) -> LazyUpdate:
-        """The update of a component made by `line_plot`, which is hidden while there is no line."""
-        lines = self.lines
-        if not lines:
+        """The update of the component, which is hidden while there is no line."""
+        rows = tuple((x, y, name) for name, points in self.lines.items() for x, y in [*points, *self._ends(points)])
+        if not rows:
             return LazyUpdate(None, lambda: gr.LinePlot(value=None, visible=False))
-        rows = tuple((x, y, name) for name, points in lines.items() for x, y in points)
-        return LazyUpdate((rows, self.x_range), lambda: self._component(rows))
+        return LazyUpdate(rows, lambda: gr.LinePlot(value=pd.DataFrame(rows, columns=[X, Y, SERIES]), visible=True))
 
-    def _component(self, rows: Sequence[tuple[float, float, str]]) -> gr.LinePlot:
-        given = dict(self.colours or {}) | ({} if self.marked is None else {self.marked[1]: MARKED})
-        others = iter(COLOURS)
-        colours = {name: given.get(name) or next(others) for name in self.lines}
-        data = pd.DataFrame(rows, columns=[X, Y, SERIES])
-        return gr.LinePlot(value=data, color_map=colours, x_lim=list(self.x_range), visible=True)
-
-
-def line_plot(title: str, hint: str = "", y_title: str = " ", x_title: str = X, **named: object) -> gr.LinePlot:
-    """A component for the updates of a `Plot`, hidden until the first.
-
-    Args:
-        hint: a sentence below the plot that says how to read it.
-        named: further arguments of gr.LinePlot.
-    """
-    return gr.LinePlot(
-        x=X, y=Y, color=SERIES, title=title, caption=hint or None, x_title=x_title, y_title=y_title, color_title=" ",
-        height=240, visible=False, buttons=["fullscreen", "export"], elem_classes="plot", **named,
-    )  # fmt: skip
+    def _ends(self, points: Sequence[Point]) -> list[tuple[float, None]]:
+        """The ends of the x axis beyond the points; within them, a row without a value would interrupt the line."""
+        return [(x, None) for x in self.x_range if not points or not points[0][0] <= x <= points[-1][0]]
 
 
 def value_tables(plots: Sequence[Plot]) -> Markup:
-    """The values of the plots as tables for screen readers, without those of many points."""
-    tables = [(plot.title, _rows(plot)) for plot in plots]
-    return render("value_tables.html", tables=[table for table in tables if table[1]], x=X)
-
-
-def _rows(plot: Plot) -> list[tuple[str, str, str]]:
-    pale = [name for name, colour in (plot.colours or {}).items() if colour == PALE]
-    lines = {name: thinned(points, MOST_ROWS) for name, points in plot.series.items() if name not in pale}
-    return [(name, f"{x:g}", number(y)) for name, points in lines.items() for x, y in points]
+    """Some values of each series as tables for screen readers."""
+    tables = []
+    for plot in plots:
+        lines = {name: thinned(points, MOST_ROWS) for name, points in plot.series.items()}
+        tables.append((plot.title, [(name, f"{x:g}", number(y)) for name, points in lines.items() for x, y in points]))
+    return Markup("").join(parts.value_table(title, X, rows) for title, rows in tables if rows)
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:

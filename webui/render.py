@@ -47,8 +47,15 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     finalize=escaped,
 )
-# The macros of parts.html for Python: parts.warning("The disk is full.").
-parts: Any = TEMPLATES.get_template("parts.html").module
+
+
+def macros(name: str) -> Any:
+    """The macros of a template as functions that return Markup."""
+    return TEMPLATES.get_template(name).module
+
+
+# What every screen shows: parts.warning("The disk is full.").
+parts = macros("parts.html")
 
 
 def render(name: str, **values: object) -> Markup:

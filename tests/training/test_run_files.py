@@ -10,6 +10,7 @@ from pipelines.errors import InputError
 from pipelines.run_file import Provenance, ResolvedOptions
 from pipelines.subject.folder_entries import FolderAccount
 from training.runs.fewshot_files import ImagePrediction, PredictionFile
+from training.runs.preferences import Preference, Preferences
 from training.runs.record import RunRecord, update_status
 from training.runs.run_files import (
     METRICS,
@@ -34,6 +35,7 @@ SUGGESTION = Suggestion(4, 8, ["Because."], ["Overfitting."], [Point(0, 1.0, 0.9
 FILES = [
     RunStatus(state="running", phase="cross_validation", fold=2, num_trainable_parameters=5),
     SUGGESTION,
+    Preferences([Preference("a toy", 0, (0, 4), 4), Preference("a toy", 1, (4, 8), None)]),
     Certificate(True, {"kohya": 0.1}, {"kohya": 0.0}, 9.0, 1.0, [], [], ["a toy"], {"height": 64}, "float32", "cpu"),
     DryRunReport(100, 0.5, 50.0, 10**9, 1000, 4000, 10**10, None),
     FALLBACK,

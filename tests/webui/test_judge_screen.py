@@ -1,20 +1,32 @@
 """The screen Judge: images, curves and scores of every step, and the recommended step, from the run's files."""
 
 import json
+import random
 import re
+from dataclasses import replace
 
 import gradio as gr
 import pytest
 from PIL import Image
 from run_folders import PROMPTS, add_samples, curve, end_processes, finished_run, measure, run_in, scores
 
+from training.runs.preferences import Preferences
 from training.runs.record import RunRecord
 from training.runs.run_files import Certificate
-from training.subject.measured import adapter_at
-from webui import verdict
+from training.subject.measured import adapter_at, metric_name
 from webui.page import build_page
 from webui.runs import RunView
-from webui.screens.judge import parts, selection_of
+from webui.screens.judge import (
+    NO_LOSS,
+    PLOTS,
+    Selected,
+    choice,
+    choose,
+    content,
+    next_pair,
+    recommended_step,
+    selection,
+)  # fmt: skip
 from webui.settings import Settings
 from webui.workspace import Workspace
 
@@ -33,12 +45,13 @@ def view(run):
     return RunView(RunRecord(run.path))
 
 
-def look(run, step=None, place=None, outdated=True):
-    return parts(view(run), step, place, outdated)
+def at(run, step, prompt=0):
+    """A selection on the page that is still valid."""
+    return Selected(run.path.name, recommended_step(view(run)), step, prompt)
 
 
-def table(run, *chosen):
-    return look(run, *chosen)["table"].make().value
+def look(run, selected=None, pair=None):
+    return content(view(run), selection(view(run), selected), pair)
 
 
 @pytest.fixture
@@ -48,15 +61,14 @@ def finished(workspace):
 
 
 def test_samples_of_all_steps_are_side_by_side_with_the_base_model_first_and_the_recommended_step_marked(finished):
-    shown = table(finished)
-    heads = re.findall(r'<th scope="col">(.*?)</th>', shown)
-    suggested = verdict.suggested_step(finished)
-    assert [head.split("<")[0].strip() for head in heads] == ["base model", "step 40", "step 60", "step 100"]
-    assert [head for head in heads if "recommended" in head] == [
-        f'step {suggested}<br><span class="chip good">recommended</span>'
-    ]
-    cells = re.findall(r'data-step="(\d+)" data-place="(\d+)"', shown)
-    assert cells == [(str(step), str(place)) for place in range(len(PROMPTS)) for step in (0, 40, 60, 100)]
+    shown = look(finished)["grid"].make().value
+    heads = re.findall(r'<th scope="col"( class="recommended")?>(.*?)</th>', shown)
+    recommended = recommended_step(view(finished))
+    assert [head.split("<")[0].strip() for _, head in heads] == ["base model", "step 40", "step 60", "step 100"]
+    assert [head for css, head in heads if css] == [f'step {recommended}<br><span class="chip good">Recommended</span>']
+    assert shown.count('<td class="recommended">') == len(PROMPTS)
+    cells = re.findall(r'data-step="(\d+)" data-prompt="(\d+)"', shown)
+    assert cells == [(str(step), str(index)) for index in range(len(PROMPTS)) for step in (0, 40, 60, 100)]
     assert "&lt;b&gt;in the snow" in shown
     assert "<b>in the snow" not in shown
     assert 'class="scroll"' in shown
@@ -66,29 +78,27 @@ def test_the_reasons_and_warnings_of_the_run_are_shown(finished):
     said = json.loads((finished.path / "suggestion.json").read_text())
     said |= {"version": 2, "warnings": ["Overfitting: <i>it</i> rises."], "reasons": ["Step 40 is best.", "Figures follow."]}
     (finished.path / "suggestion.json").write_text(json.dumps(said))
-    shown = look(finished)["suggestion"].key
+    shown = look(finished)["recommendation"].key
     assert f"Step {said['step']} of 100" in shown
     assert "<p>Step 40 is best.</p>" in shown
-    assert "<summary>All measurements</summary><p>Figures follow.</p>" in shown
+    assert "<li>Figures follow.</li>" in shown
     assert '<p class="warning overfit">Overfitting: &lt;i&gt;it&lt;/i&gt; rises.</p>' in shown
 
 
-def test_curves_show_loss_and_scores_with_the_recommended_step_and_an_explanation(finished):
-    shown = look(finished)["curves"].key
-    titles = re.findall("<figcaption>(.*?)</figcaption>", shown)
-    assert titles == [
-        "Validation and training loss (lower is better)",
-        "Image similarity (CLIP-I)",
-        "Prompt similarity (CLIP-T)",
-        "Memorisation",
+def test_plots_show_losses_scores_limits_and_the_recommended_step(finished):
+    rows = {title: look(finished)[title].key for title in PLOTS}
+    assert [title for title, key in rows.items() if key] == list(PLOTS)
+    for title, (names, _) in PLOTS.items():
+        assert {name for *_, name in rows[title]} == {*names, "Recommended"}
+        assert {x for x, y, name in rows[title] if name == "Recommended" and y is not None} == {recommended_step(view(finished))}
+    assert [(x, y) for x, y, name in rows["Validation loss"] if name == "Validation loss"] == [
+        (point.step, point.heldout) for point in curve()
     ]
-    assert shown.count(f"recommended: step {verdict.suggested_step(finished)}</li>") == len(titles)
-    assert all(words in shown for words in (verdict.READ_LOSS, verdict.READ_SUBJECT, verdict.READ_PROMPT, verdict.READ_COPY))
-    assert "limit 0.90" in shown
+    assert {y for _, y, name in rows["Memorisation"] if name == "Limit (photo)" and y is not None} == {0.9}
 
 
 def test_the_table_of_measurements_has_the_logged_values(finished):
-    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', look(finished)["figures"].key)
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', look(finished)["measurements"].key)
     measured, scored = {point.step: point for point in curve()}, scores()
     assert len(rows) == len(measured)
     for (name, cells), step in zip(rows, sorted(measured), strict=True):
@@ -98,94 +108,136 @@ def test_the_table_of_measurements_has_the_logged_values(finished):
         assert values[2:4] == ([f"{scored[step].subject:.3f}", f"{scored[step].prompt:.3f}"] if step in scored else ["", ""])
 
 
+@pytest.mark.parametrize("folds", [True, False])
+def test_the_table_says_why_the_last_step_has_no_validation_loss(finished, folds):
+    assert "There is no validation loss" not in look(finished)["measurements"].key
+    finished.log(120, loss=1.0, **{metric_name(name): value for name, value in vars(scores()[100]).items()})
+    if folds:
+        (finished.path / "folds").mkdir()
+    shown = look(finished)["measurements"].key
+    assert "There is no validation loss after step 100." in shown
+    assert ("short trainings, each without one photo, that end there" in shown) == folds
+
+
 def test_the_recommended_step_is_selected_until_the_user_selects_another(finished):
-    suggested = verdict.suggested_step(finished)
-    first = selection_of(view(finished), 100, 0, outdated=True)
-    assert (first.step, first.forced) == (suggested, True)
-    chosen = selection_of(view(finished), 100, 2, outdated=False)
-    assert (chosen.step, chosen.prompt_index, chosen.forced) == (100, 2, False)
-    gone = selection_of(view(finished), 7, 0, outdated=False)
-    assert (gone.step, gone.forced) == (suggested, True)
-    assert 'data-step="100" data-place="2" aria-label' in table(finished, 100, 2, False)
-    assert len(re.findall('<button[^>]* class="shown"', table(finished, 100, 2, False))) == 1
+    recommended = recommended_step(view(finished))
+    assert selection(view(finished), None).step == recommended
+    assert selection(view(finished), at(finished, 100, 2)) == at(finished, 100, 2)
+    assert selection(view(finished), at(finished, 7)).step == recommended
+    assert selection(view(finished), replace(at(finished, 100), run_id="b")).step == recommended
+    assert selection(view(finished), replace(at(finished, 100), recommended=None)).step == recommended
+    shown = look(finished, at(finished, 100, 2))["grid"].make().value
+    assert len(re.findall('<button[^>]* class="selected"', shown)) == 1
+    assert 'data-step="100" data-prompt="2" class="selected" aria-current="true"' in shown
 
 
-def test_the_slider_enlarges_the_images_of_the_base_model_and_of_the_step_for_one_prompt(finished, tmp_path):
-    made = look(finished, 60, 1, False)["slider"]
-    assert made.key[:2] == (finished.samples_at(0) / "1.png", finished.samples_at(60) / "1.png")
-    images = [Image.open(each["path"] if isinstance(each, dict) else each.path) for each in made.make().value]
+def test_the_slider_and_the_shared_image_show_the_base_model_and_the_step_for_one_prompt(finished, tmp_path):
+    found = look(finished, at(finished, 60, 1))
+    images = [Image.open(each["path"] if isinstance(each, dict) else each.path) for each in found["slider"].make().value]
     assert [image.filename.startswith(str(tmp_path / "cache")) for image in images] == [True, True]
     assert [image.size for image in images] == [(512, 512)] * 2
     assert [image.getpixel((300, 300)) for image in images] == [(0, 60, 128), (60, 60, 128)]
-    assert look(finished, 60, 0, False)["slider"].key != made.key
+    shared = Image.open(found["share"].make().value["path"])
+    assert shared.filename.endswith("a-photo-of-sks-toy-step60-before-after.png")
+    assert {(0, 60, 128), (60, 60, 128)} <= {color for _, color in shared.getcolors(2**20)}
+    assert "60" in found["compared"].key
+    assert "sks toy &lt;b&gt;in the snow&lt;/b&gt;" in found["compared"].key
+    assert look(finished, at(finished, 60, 0))["slider"].key != found["slider"].key
 
 
 def test_a_step_can_be_used_only_if_its_adapter_is_saved(finished):
-    assert look(finished, 40, 0, False)["use"].key == (True, "Use step 40")
+    assert look(finished, at(finished, 40))["use"].key == (True, "Use step 40")
     adapter_at(finished, 40).rmdir()
-    assert look(finished, 40, 0, False)["use"].key[0] is False
+    assert look(finished, at(finished, 40))["use"].key[0] is False
+
+
+def test_a_blind_choice_is_recorded_and_shown_beside_the_scores(finished):
+    rng = random.Random(0)
+    pairs = []
+    for side in ("left", "right", "equal"):
+        pair = next_pair(view(finished), rng)
+        shown = choice(view(finished), pair, "")
+        assert "step" not in re.sub("different steps", "", shown)
+        pairs.append((pair, choose(view(finished), pair, side)))
+    (left, said), (right, _), (_, equally) = pairs
+    recorded = Preferences.read(finished.path).choices
+    assert [each.preferred for each in recorded] == [left.left, right.right, None]
+    assert [each.steps for each in recorded] == [(pair.left, pair.right) for pair, _ in pairs]
+    assert [each.prompt for each in recorded] == [PROMPTS[pair.prompt] for pair, _ in pairs]
+    assert said.startswith(f"You preferred {f'step {left.left}' if left.left else 'the base model'} to ")
+    assert equally.endswith("about equal.")
+    shown = look(finished)["measurements"].key
+    assert "You preferred" in shown
+    for step, (preferred, compared) in Preferences.read(finished.path).counts().items():
+        assert re.search(rf"{f'step {step}' if step else 'base model'}.*<td>{preferred} of {compared}</td></tr>", shown)
+
+
+def test_every_pair_is_compared_once_before_one_is_compared_again_in_both_orders(finished):
+    seen, rng = set(), random.Random(1)
+    count = 6 * len(PROMPTS)
+    orders = set()
+    for _ in range(count):
+        pair = next_pair(view(finished), rng)
+        orders.add(pair.left < pair.right)
+        seen.add((pair.prompt, frozenset((pair.left, pair.right))))
+        choose(view(finished), pair, "left")
+    assert len(seen) == count
+    assert orders == {True, False}
 
 
 def test_during_training_the_results_so_far_are_shown_and_later_ones_announced(workspace):
     run = run_in(workspace.runs / "a", steps=50)
     found = look(run)
-    assert "recommended when training is done" in found["suggestion"].key
-    assert "appear here, side by side" in found["suggestion"].key
-    assert (found["table"].make().value, found["curves"].key, found["figures"].key) == ("", "", "")
-    assert found["frame"].key is False
+    assert "recommended when training is done" in found["recommendation"].key
+    assert "appear here, side by side" in found["recommendation"].key
+    assert (found["grid"].make().value, found["measurements"].key, found["compare"].key) == ("", "", False)
+    assert [found[title].key for title in PLOTS] == [None] * 4
     measure(run, curve((0, 20, 40)), scores((0, 40)))
     for step in (0, 40):
         add_samples(run, step)
     found = look(run)
-    assert "The results so far are below." in found["suggestion"].key
-    assert "step 40" in found["table"].make().value
-    assert found["curves"].key.count("<figure") == 4
-    assert "recommended" not in found["curves"].key + found["table"].make().value
+    assert "The results so far are below." in found["recommendation"].key
+    assert "step 40" in found["grid"].make().value
+    assert all(found[title].key for title in PLOTS)
+    assert "Recommended" not in found["measurements"].key + found["grid"].make().value
     assert found["use"].key == (True, "Use step 40")
 
 
 def test_no_step_is_recommended_for_a_run_that_ended_early(workspace):
     run = run_in(workspace.runs / "a", "stopped", steps=50)
-    assert "did not finish, so no step is recommended.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
+    assert "did not finish, so no step is recommended.</b></p><p>Nothing was measured" in look(run)["recommendation"].key
 
 
 def test_without_a_held_out_photo_only_the_scores_are_plotted(workspace):
     run = run_in(workspace.runs / "a", steps=50)
     for step, each in scores().items():
-        run.log(step, **{f"{name}_score" if name != "nearest_limit" else name: value for name, value in vars(each).items()})
-    shown = look(run)["curves"].key
-    assert verdict.NO_LOSS in shown
-    assert shown.count("<figure") == 3
+        run.log(step, **{metric_name(name): value for name, value in vars(each).items()})
+    found = look(run)
+    assert NO_LOSS in found["measurements"].key
+    assert [bool(found[title].key) for title in PLOTS] == [False, True, True, True]
 
 
 def test_without_a_subject_run_the_screen_says_why_it_is_empty(workspace):
-    assert "no results yet" in parts(None, None, None, True)["empty"].key
+    assert "no results yet" in content(None, None, None)["empty"].key
     run = run_in(workspace.runs / "a", "done")
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     found = look(run)
-    assert "on the screen\nClassify" in found["empty"].key
-    assert found["table"].key == ""
+    assert "on the screen Classify" in found["empty"].key
+    assert found["results"].key is False
 
 
 def test_the_model_card_is_shown_without_its_header_and_the_certificate_as_a_sentence(finished):
     assert look(finished)["details"].key is False
     (finished.path / "README.md").write_text("---\ntags: [a]\n---\n# sks toy\n\n![it](before_after.png)\n\nNoRA\n\n---\nend\n")
-    (finished.path / "certificate.json").write_text(
-        json.dumps({**CERTIFICATE, "passed": True, "largest_difference": {"diffusers": 0.5}, "effect": 200.0, "problems": []})
-    )
-    found = look(finished)
-    assert found["card"].key == "# sks toy\n\n\nNoRA\n\n---\nend"
-    assert "largest pixel difference is 0.5 of 255; the adapter's effect is up to 200" in found["papers"].key
-    (finished.path / "certificate.json").write_text(
-        json.dumps({**CERTIFICATE, "passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
-    )
-    assert "differ from the trained adapter: &lt;b&gt; differs." in look(finished)["papers"].key
-    (finished.path / "certificate.json").write_text(
-        json.dumps(
-            {**CERTIFICATE, "passed": True, "exact": False, "mean_difference": {"kohya": 2.5}, "mean_effect": 9.0, "problems": []}
-        )
-    )
-    assert "images differ by 2.5 of 255 on average; the adapter's mean effect is 9." in look(finished)["papers"].key
+    assert look(finished)["card"].key == "# sks toy\n\n\nNoRA\n\n---\nend"
+    assert "have not been checked" in look(finished)["certificate"].key
+    for fields, words in (
+        ({}, "generates the same images from the exported files"),
+        ({"exact": False}, "loads approximations of the adapter"),
+        ({"passed": False, "problems": ["<b> differs"]}, "differ from the trained adapter: &lt;b&gt; differs."),
+    ):
+        (finished.path / "certificate.json").write_text(json.dumps(CERTIFICATE | fields))
+        assert words in look(finished)["certificate"].key
 
 
 def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
@@ -194,7 +246,10 @@ def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
     page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
     named = (fn for fn in page.fns.values() if "judge-samples" in [getattr(output, "elem_id", None) for output in fn.outputs])
     refresh = next(named).fn
-    *_, seen = refresh("a", None, None, {}, None)
-    for _ in range(2):
-        *sent, seen = refresh("a", verdict.suggested_step(finished), 1, seen, None)
+    states, seen = [None, None, ""], {}
+    for _ in range(3):
+        *sent, selected, pair, result, seen = refresh("a", *states, seen, None)
+        states = [selected, pair, result]
     assert all(each == gr.skip() for each in sent)
+    *sent, _, _, _, _ = refresh("a", selected, None, "You preferred it.", seen, None)
+    assert ["You preferred it." in each.value for each in sent if each != gr.skip()] == [True]

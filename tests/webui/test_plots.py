@@ -21,40 +21,54 @@ def contrast(colour, background):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_a_plot_sends_a_few_hundred_rows_in_named_colours_and_marks_a_step():
-    plot = Plot("Loss", {"each step": LOSSES, "mean": running_mean(LOSSES, 9)}, (0, 2000), {"each step": PALE}, (40.0, "best"))
+def test_a_plot_sends_a_few_hundred_rows_and_marks_a_step():
+    plot = Plot("Loss", {"each step": LOSSES, "mean": running_mean(LOSSES, 9), "none": []}, (0, 2000), ("best", 40.0))
     sent = plot.update().make()
     data = sent.value["data"]
-    assert len(data) <= 2 * MOST_POINTS + 2
-    assert [row for row in data if row[2] == "each step"][-1] == [1000.0, 0.001, "each step"]
-    marked = [row for row in data if row[2] == "best"]
+    assert len(data) <= 2 * MOST_POINTS + 12
+    assert [row for row in data if row[2] == "each step" and row[1] is not None][-1] == [1000.0, 0.001, "each step"]
+    marked = [row for row in data if row[2] == "best" and row[1] is not None]
     assert [row[0] for row in marked] == [40.0, 40.0]
-    assert [row[1] for row in marked] == [min(row[1] for row in data), max(row[1] for row in data)]
-    assert sent.color_map == {"each step": PALE, "mean": COLOURS[0], "best": MARKED}
-    assert (sent.x_lim, sent.visible) == ([0, 2000], True)
+    values = [row[1] for row in data if row[1] is not None]
+    assert [row[1] for row in marked] == [min(values), max(values)]
+    assert sent.visible is True
 
 
-def test_an_update_has_another_key_only_if_the_plot_differs():
-    def key(points, extent=(0.0, 9.0)):
-        return Plot("Loss", {"loss": points}, extent).update().key
+def test_rows_without_values_extend_the_axis_and_keep_empty_series_but_interrupt_no_line():
+    rows = Plot("Loss", {"loss": [(0, 1.0), (5, 2.0), (9, 1.0)], "short": [(2, 1.0), (3, 1.0)], "none": []}, (0, 9)).update().key
+    assert [row for row in rows if row[1] is None] == [
+        (0, None, "short"), (9, None, "short"), (0, None, "none"), (9, None, "none"),
+    ]  # fmt: skip
 
-    assert key([(0, 1), (1, 2)]) == key([(0, 1), (1, 2)])
-    assert len({key([(0, 1), (1, 2)]), key([(0, 1), (1, 3)]), key([(0, 1), (1, 2)], (0.0, 8.0)), key([])}) == 4
+
+def test_a_component_has_a_colour_for_each_series_from_the_start():
+    component = line_plot("Loss", ["each step", "mean", "best"], colours={"each step": PALE, "best": MARKED})
+    assert component.color_map == {"each step": PALE, "mean": COLOURS[0], "best": MARKED}
+
+
+def test_an_update_changes_nothing_but_the_data_and_only_if_they_differ():
+    """Gradio draws outdated data if another property changes with them."""
+
+    def update(points, extent=(0.0, 9.0)):
+        return Plot("Loss", {"loss": points}, extent).update()
+
+    assert set(update([(0, 1), (1, 2)]).make().constructor_args) >= {"value", "visible"}
+    assert update([(0, 1), (1, 2)]).key == update([(0, 1), (1, 2)]).key
+    assert (
+        len({update(*each).key for each in ([[(0, 1), (1, 2)]], [[(0, 1), (1, 3)]], [[(0, 1), (1, 2)], (0.0, 8.0)], [[]])}) == 4
+    )
 
 
 def test_a_plot_without_a_line_is_hidden():
     for series in ({}, {"loss": []}, {"loss": [(1.0, 2.0)]}):
-        assert Plot("Loss", series, (0, 9), marked=(1.0, "best")).update().make().visible is False
-    assert line_plot("Loss").visible is False
+        assert Plot("Loss", series, (0, 9), marked=("best", 1.0)).update().make().visible is False
+    assert line_plot("Loss", ["loss"]).visible is False
 
 
-def test_the_tables_have_the_values_of_all_series_but_the_pale_ones():
-    shown = value_tables(
-        [Plot("<b>Loss", {"each step": LOSSES, "loss": LOSSES}, (0, 9), {"each step": PALE}), Plot("No", {}, (0, 9))]
-    )
+def test_the_tables_have_values_of_all_series():
+    shown = value_tables([Plot("<b>Loss", {"loss": LOSSES, "none": []}, (0, 9)), Plot("No", {}, (0, 9))])
     assert shown.count("<table") == 1
     assert "&lt;b&gt;Loss" in shown
-    assert "each step" not in shown
     assert shown.count("<tr>") <= 14
     assert "<td>1000</td><td>0.001</td>" in shown
 

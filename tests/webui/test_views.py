@@ -17,11 +17,11 @@ from training.runs.record import RunRecord
 from training.runs.run_files import Launch, RunStatus
 from training.runs.run_log import LOG, ended_by, last_error
 from training.runs.waiting import QUEUE, Ticket
-from webui import verdict
 from webui.figures import figures, series
 from webui.progress import head, losses
 from webui.run_cards import cards, image_of
 from webui.runs import ACTIONS, RunView, views
+from webui.screens import judge
 from webui.screens.runs import parts
 from webui.workspace import Workspace
 
@@ -234,10 +234,10 @@ def test_the_page_says_that_files_were_written_by_a_newer_version(workspace):
         assert message in listed
         assert message in shown
     assert "metrics.jsonl has a line that cannot be read" in shown
-    assert "metrics.jsonl has a line that cannot be read" in verdict.curves(run)
-    assert losses(view(run)) == verdict.figures(run) == ""
-    assert "suggestion.json has version 9" in verdict.suggestion(view(run))
-    assert "certificate.json has version 9" in verdict.certificate(run)
+    assert "metrics.jsonl has a line that cannot be read" in judge.measurements(view(run))
+    assert losses(view(run)) == ""
+    assert "suggestion.json has version 9" in judge.recommendation(view(run))
+    assert "certificate.json has version 9" in judge.certificate(view(run))
 
 
 def test_a_status_of_a_newer_version_is_the_reason_why_the_state_of_a_run_is_unknown(workspace):

@@ -2,217 +2,397 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+import itertools
+import random
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from markupsafe import Markup
+from PIL import Image
 
-from training.subject.measured import sampled_steps, samples, saved_steps
-from webui import verdict
-from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
+from pipelines.images import labelled_grid
+from training.runs.preferences import Preference, Preferences
+from training.runs.run_files import COPY_THRESHOLD, FOLDS, Certificate, Suggestion
+from training.subject.measured import (
+    Sample,
+    heldout_curve,
+    sample_scores,
+    sampled_steps,
+    samples,
+    saved_steps,
+    subject_images,
+)
+from webui.context import QUIET, AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
 from webui.generation import steps_of
-from webui.render import enlarged
+from webui.plots import COLOURS, MARKED, Plot, line_plot
+from webui.render import enlarged, macros, parts, sample_image
 from webui.runs import RunView
 from webui.screens.train import view_of
 
-EMPTY = """<div class="empty"><p><b>There are no results yet.</b></p><p>Once a run has started, its sample images appear here
-side by side with the scores of each step.</p></div>"""
-CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>Its accuracy and confusion matrix are on the screen
-Classify.</p></div>"""
-COMPARE = """<h3>Before and after</h3><p class="quiet">Left: the base model. Right: the selected step. Drag the line to
-compare. Click an image in the table below to show it here.</p>"""
-# The table is replaced at updates, so its container listens for all cells.
-CHOOSING = """element.addEventListener('click', event => {
-  const cell = event.target.closest('button[data-step]');
-  if (!cell) return;
-  trigger('click', {step: Number(cell.dataset.step), place: Number(cell.dataset.place)});
-  document.getElementById('judge-compare').scrollIntoView({block: 'nearest', behavior: 'smooth'});
-});"""
-NAMES = (
-    "empty",
-    "suggestion",
-    "table",
-    "frame",
-    "step",
-    "place",
-    "slider",
-    "use",
-    "curves",
-    "figures",
-    "details",
-    "papers",
-    "card",
+# By title, the columns of each plot and how to read it. The last two columns of the last one are limits.
+PLOTS = {
+    "Validation loss": (
+        ("Validation loss", "Training loss"),
+        "Validation loss is measured on a photo that is not trained on. If it rises while the training loss keeps falling, the "
+        "model overfits: it memorises your photos. Lower is better.",
+    ),
+    "Image similarity (CLIP-I)": (
+        ("Image similarity (CLIP-I)",),
+        "How similar the images are to your photos. Higher is better. Once it is flat, longer training does not help.",
+    ),
+    "Prompt similarity (CLIP-T)": (
+        ("Prompt similarity (CLIP-T)",),
+        "How well the images follow their prompts. Higher is better. It falls when the model overfits to the subject.",
+    ),
+    "Memorisation": (
+        ("Nearest photo", "Nearest outlines", "Limit (photo)", "Limit (outlines)"),
+        "How similar an image is to the nearest single photo, by content and by outlines. Above its limit, it nearly copies it.",
+    ),
+}
+SPECIAL_COLOURS = {"Recommended": MARKED, "Limit (photo)": f"{COLOURS[0]}99", "Limit (outlines)": f"{COLOURS[1]}99"}
+NO_LOSS = "No photo was held out, so there is no validation loss."
+SHORT_FOLDS = (
+    "There are too few photos to hold one out, so it is the mean of short trainings, each without one photo, that end there."
 )
+CLICKS = """element.addEventListener('click', event => {
+  const button = event.target.closest('button');
+  if (!button) return;
+  trigger('click', {...button.dataset});
+  if (button.dataset.step) document.getElementById('judge-compare').scrollIntoView({block: 'nearest', behavior: 'smooth'});
+});"""
+NO_RUN = ("There are no results yet.", "Once a run has started, its images and scores appear here.")
+CLASSIFIER = ("This run is a classifier.", "Its accuracy and confusion matrix are on the screen Classify.")
+judge = macros("judge.html")
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The step and the prompt shown in the comparison.
+class Selected:
+    """The image in the comparison, until another run or another recommendation is shown."""
 
-    Args:
-        steps: the steps with samples, without the base model.
-        step, prompt_index: the selected step and prompt; None without samples.
-        forced: whether the page's selection must be replaced, because it belongs to another run or is gone.
-    """
-
-    steps: tuple[int, ...]
-    step: int | None
-    prompt_index: int | None
-    forced: bool
+    run_id: str
+    recommended: int | None
+    step: int
+    prompt: int
 
 
-def selection_of(view: RunView, step: int | None, prompt_index: int | None, outdated: bool) -> Selection:
-    """The page's selection, else the recommended step, else the newest.
+@dataclass(frozen=True)
+class Pair:
+    """Two images with the same prompt and seed in random order, for the user to choose from."""
 
-    Args:
-        outdated: whether the page's selection is for another run or recommendation.
-    """
-    steps = tuple(each for each in sampled_steps(view.record) if each > 0)
+    run_id: str
+    prompt: int
+    left: int
+    right: int
+
+
+def recommended_step(view: RunView) -> int | None:
+    """The recommended step; None before training is done."""
+    suggestion = view.read_file(Suggestion)
+    return None if suggestion is None else suggestion.step
+
+
+def selection(view: RunView, selected: Selected | None) -> Selected | None:
+    """What is selected on the page, else the recommended step, else the newest; None without samples."""
+    steps = [step for step in sampled_steps(view.record) if step > 0]
     if not steps:
-        return Selection((), None, None, outdated)
-    suggested, count = verdict.suggested_step(view.record), len(samples(view.record, steps[-1]))
-    forced = outdated or step not in steps or not isinstance(prompt_index, int) or not 0 <= prompt_index < count
-    if forced:
-        step, prompt_index = (suggested if suggested in steps else steps[-1]), min(1, count - 1)
-    return Selection(steps, step, prompt_index, forced)
+        return None
+    recommended, count = recommended_step(view), len(samples(view.record, steps[-1]))
+    if selected is not None and (selected.run_id, selected.recommended) == (view.id, recommended) and selected.step in steps:
+        return selected
+    return Selected(view.id, recommended, recommended if recommended in steps else steps[-1], min(1, count - 1))
 
 
-def parts(view: RunView | None, step: int | None, prompt_index: int | None, outdated: bool) -> dict[str, LazyUpdate]:
-    """The current content of the screen by the names of its outputs."""
+def recommendation(view: RunView) -> Markup:
+    """The recommended step with its reasons and warnings, or why there is none."""
+    suggestion = view.read_file(Suggestion)
+    if suggestion is not None:
+        return judge.recommendation(suggestion.step, suggestion.last, suggestion.reasons, suggestion.warnings)
+    if error := view.file_error(Suggestion):
+        return parts.warning(error)
+    measured = bool(sampled_steps(view.record))
+    if view.is_active:
+        results = "The results so far are below." if measured else "Images and scores of each step appear here, side by side."
+        return parts.empty("A step is recommended when training is done.", results)
+    results = "The results up to that point are below." if measured else "Nothing was measured before it ended."
+    return parts.empty("Training did not finish, so no step is recommended.", results)
+
+
+def grid(view: RunView, selected: Selected | None) -> Markup:
+    """The samples: a column for each step, the base model first, and a row for each prompt."""
+    by_step = {step: samples(view.record, step) for step in sampled_steps(view.record)}
+    prompts = [sample.prompt for sample in max(by_step.values(), key=len, default=[])]
+    rows = [
+        (prompt, [sample_image(images[index]) if index < len(images) else None for images in by_step.values()])
+        for index, prompt in enumerate(prompts)
+    ]
+    photos = [sample_image(photo, "one of your photos") for photo in subject_images(view.record)]
+    chosen = None if selected is None else (selected.step, selected.prompt)
+    return judge.grid(list(by_step), rows, photos, recommended_step(view), chosen) if rows else Markup("")
+
+
+def columns(view: RunView) -> dict[str, dict[int, float]]:
+    """The measurements by name and step; empty if metrics.jsonl cannot be read."""
+    if view.metrics_error is not None:
+        return {}
+    curve, scores = heldout_curve(view.record), sample_scores(view.record)
+    return {
+        "Validation loss": {point.step: point.heldout for point in curve},
+        "Training loss": {point.step: point.seen for point in curve if point.seen is not None},
+        "Image similarity (CLIP-I)": {step: each.subject for step, each in scores.items()},
+        "Prompt similarity (CLIP-T)": {step: each.prompt for step, each in scores.items()},
+        "Nearest photo": {step: each.nearest for step, each in scores.items()},
+        "Nearest outlines": {step: each.copy for step, each in scores.items()},
+        "Limit (photo)": {step: each.nearest_limit for step, each in scores.items()},
+        "Limit (outlines)": dict.fromkeys(scores, COPY_THRESHOLD),
+    }
+
+
+def plots(view: RunView) -> dict[str, Plot]:
+    """The plots by title."""
+    measured, recommended = columns(view), recommended_step(view)
+    last = max([view.status.total or 1, *(step for column in measured.values() for step in column)])
+    marked = ("Recommended", None if recommended is None else float(recommended))
+    return {
+        title: Plot(title, {name: sorted(measured.get(name, {}).items()) for name in names}, (0.0, last), marked)
+        for title, (names, _) in PLOTS.items()
+    }
+
+
+def measurements(view: RunView) -> Markup:
+    """All measurements: a row for each step with the user's choices, and why a value is missing."""
+    if view.metrics_error is not None:
+        return parts.warning(view.metrics_error)
+    measured = {name: column for name, column in columns(view).items() if column and name not in SPECIAL_COLOURS}
+    steps, recommended = sorted({step for column in measured.values() for step in column}), recommended_step(view)
+    if not steps:
+        return Markup("")
+    cells = {name: {step: _number(name, value) for step, value in column.items()} for name, column in measured.items()}
+    cells |= _preferred(view)
+    rows = [[judge.step_name(step, recommended), *(column.get(step, "") for column in cells.values())] for step in steps]
+    table = parts.table(["Step", *cells], rows, css="figures")
+    return table + _missing(view, max(measured.get("Validation loss", {}), default=None), steps[-1])
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.4f}" if "loss" in name else f"{value:.3f}"
+
+
+def _preferred(view: RunView) -> dict[str, dict[int, str]]:
+    """The column of the user's choices, if there are any."""
+    counts = (view.read_file(Preferences) or Preferences()).counts()
+    return {"You preferred": {step: "{} of {}".format(*count) for step, count in counts.items()}} if counts else {}
+
+
+def _missing(view: RunView, measured: int | None, last: int) -> Markup:
+    """Why steps have no validation loss.
+
+    Args:
+        measured: the last step with one.
+        last: the last step with any measurement.
+    """
+    if measured is None:
+        return parts.note(NO_LOSS)
+    why = SHORT_FOLDS if (view.record.path / FOLDS).is_dir() else "Training ended before the next measurement."
+    return parts.note(f"There is no validation loss after step {measured}. {why}") if measured < last else Markup("")
+
+
+def next_pair(view: RunView, rng: random.Random) -> Pair | None:
+    """A pair of those that were compared least; None with fewer than two steps."""
+    by_step = {step: samples(view.record, step) for step in sampled_steps(view.record)}
+    preferences, pairs = view.read_file(Preferences) or Preferences(), []
+    for left, right in itertools.permutations(by_step, 2):
+        for index, sample in enumerate(by_step[left][: len(by_step[right])]):
+            pairs.append((preferences.times(sample.prompt, sample.seed, {left, right}), Pair(view.id, index, left, right)))
+    least = min((times for times, _ in pairs), default=0)
+    return rng.choice([pair for times, pair in pairs if times == least]) if pairs else None
+
+
+def choose(view: RunView, pair: Pair, side: str) -> str:
+    """Record the user's choice; returns a sentence that names the steps."""
+    sample = samples(view.record, pair.left)[pair.prompt]
+    preferred, other = {"right": (pair.right, pair.left)}.get(side, (pair.left, pair.right))
+    choice = Preference(sample.prompt, sample.seed, (pair.left, pair.right), None if side == "equal" else preferred)
+    Preferences.add(view.record.path, choice)
+    names = [f"step {step}" if step else "the base model" for step in (preferred, other)]
+    return f"You found {names[0]} and {names[1]} about equal." if side == "equal" else f"You preferred {names[0]} to {names[1]}."
+
+
+def choice(view: RunView, pair: Pair | None, result: str) -> Markup:
+    """The two images of a pair as buttons."""
+    if pair is None:
+        return Markup("")
+    left, right = (samples(view.record, step)[pair.prompt] for step in (pair.left, pair.right))
+    return judge.choice(sample_image(left, "left image"), sample_image(right, "right image"), left.prompt, result)
+
+
+def before_after(view: RunView, selected: Selected) -> list[Sample]:
+    """The images of the base model and of the selected step with the same prompt and seed; empty if one is missing."""
+    both = [samples(view.record, step)[selected.prompt :][:1] for step in (0, selected.step)]
+    return [image for images in both for image in images] if all(both) else []
+
+
+def shared_image(view: RunView, step: int, before: Sample, after: Sample) -> str:
+    """A PNG of both images with prompt, seed and subject, in Gradio's cache."""
+    images = [Image.open(enlarged(sample.path)).convert("RGB") for sample in (before, after)]
+    labels = ["Before: the base model", f"After: step {step}. Prompt: {after.prompt}. Seed {after.seed}."]
+    name = re.sub(r"\W+", "-", f"{view.name}-step{step}-before-after")
+    return save_pil_to_cache(labelled_grid([(view.name, images)], labels), get_upload_folder(), name=name, format="png")
+
+
+def certificate(view: RunView) -> Markup:
+    """The result of the check of the exported files, in a sentence or two."""
+    result, error = view.read_file(Certificate), view.file_error(Certificate)
+    if error:
+        return parts.warning(error)
+    if result is None:
+        return parts.note("The exported files have not been checked with plain diffusers.")
+    if not result.passed:
+        return parts.warning(f"The exported files differ from the trained adapter: {'; '.join(result.problems)}.")
+    words = "generates the same images from" if result.exact else "loads approximations of the adapter from"
+    return Markup("<p>{} {}</p>").format(parts.chip("good", "certified"), f"Plain diffusers {words} the exported files.")
+
+
+def card(view: RunView) -> str:
+    """The model card as Markdown without its YAML header and image; empty before it is written."""
+    path = view.record.path / "README.md"
+    if not path.is_file():
+        return ""
+    _, _, body = path.read_text(encoding="utf-8").removeprefix("---").partition("\n---\n")
+    return "\n".join(line for line in body.splitlines() if not line.startswith("!["))
+
+
+def content(view: RunView | None, selected: Selected | None, pair: Pair | None, result: str = "") -> dict[str, LazyUpdate]:
+    """The current content of the screen by the names of its outputs; without a subject run, only why it is empty."""
     if view is None or view.task == "classify":
-        return _nothing_to_judge(EMPTY if view is None else CLASSIFIER)
-    record, selection = view.record, selection_of(view, step, prompt_index, outdated)
-    changed = tuple((each, record.samples_at(each).stat().st_mtime_ns) for each in sampled_steps(record))
-    suggested = verdict.suggested_step(record)
-    selected = None if selection.step is None else (selection.step, selection.prompt_index)
-    card = verdict.card(record)
+        return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": _column(False)}
+    record, words = view.record, card(view)
+    changed = tuple((step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record))
     return {
         "empty": text(""),
-        "suggestion": text(verdict.suggestion(view)),
-        "table": lazy_text((record.path, *changed, suggested, selected), lambda: verdict.sample_table(record, selected)),
-        **_comparison(view, selection, suggested),
-        "curves": text(verdict.curves(record)),
-        "figures": text(verdict.figures(record)),
-        "details": frame(bool(card)),
-        "papers": text(verdict.certificate(record) if card else ""),
-        "card": _markdown(card),
+        "results": _column(True),
+        "recommendation": text(recommendation(view)),
+        "grid": lazy_text((record.path, changed, recommended_step(view), selected), lambda: grid(view, selected)),
+        **_comparison(view, selected),
+        "choice": lazy_text((pair, result), lambda: choice(view, pair, result)),
+        **{name: plot.update() for name, plot in plots(view).items()},
+        "measurements": text(measurements(view)),
+        "details": frame(bool(words)),
+        "certificate": text(certificate(view) if words else ""),
+        "card": LazyUpdate(words, lambda: gr.Markdown(words)),
     }
 
 
-def _nothing_to_judge(why: str) -> dict[str, LazyUpdate]:
-    outputs = {name: text("") for name in NAMES}
-    hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
-    framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
-    return {**outputs, **hidden, **framed, "empty": text(why)}
-
-
-def _comparison(view: RunView, selection: Selection, suggested: int | None) -> dict[str, LazyUpdate]:
-    """The updates of the comparison."""
-    usable = selection.step is not None and selection.step in saved_steps(view.record)
-    newest = samples(view.record, selection.step) if selection.step is not None else []
-    steps = [(f"step {each} (recommended)" if each == suggested else f"step {each}", each) for each in selection.steps]
-    return {
-        "frame": _group(selection.step is not None),
-        "step": _dropdown(steps, selection.step, selection.forced),
-        "place": _dropdown(
-            [(each.prompt or "image", prompt_index) for prompt_index, each in enumerate(newest)],
-            selection.prompt_index,
-            selection.forced,
-        ),
-        "slider": _slider(view, selection),
-        "use": button(usable, f"Use step {selection.step}"),
-    }
-
-
-def _dropdown(choices: list[tuple[str, int]], value: int | None, forced: bool) -> LazyUpdate:
-    """A dropdown; its value is sent only if it must be replaced, so that a selection by the user is not overwritten."""
-    key = (tuple(choices), value) if forced else tuple(choices)
-    return LazyUpdate(key, lambda: gr.Dropdown(choices=choices, value=value) if forced else gr.Dropdown(choices=choices))
-
-
-def _group(visible: bool) -> LazyUpdate:
+def _column(visible: bool) -> LazyUpdate:
     return LazyUpdate(visible, lambda: gr.Column(visible=visible))
 
 
-def _markdown(value: str) -> LazyUpdate:
-    return LazyUpdate(value, lambda: gr.Markdown(value))
-
-
-def _slider(view: RunView | None, selection: Selection | None) -> LazyUpdate:
-    """The images of the base model and of the selected step with the same prompt and seed."""
-    if view is None or selection is None or selection.step is None:
-        return LazyUpdate(None, lambda: gr.ImageSlider(value=None))
-    both = [samples(view.record, step)[selection.prompt_index :][:1] for step in (0, selection.step)]
-    if not all(both):
-        return LazyUpdate(None, lambda: gr.ImageSlider(value=None))
-    paths = [images[0].path for images in both]
-    key = (*paths, *(path.stat().st_mtime_ns for path in paths))
-    return LazyUpdate(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
+def _comparison(view: RunView, selected: Selected | None) -> dict[str, LazyUpdate]:
+    """The slider with the images before and after, and its buttons."""
+    images = [] if selected is None else before_after(view, selected)
+    if not images:
+        return {"compare": _column(False)}
+    paths, after, step = [image.path for image in images], images[1], selected.step
+    key = (view.name, *paths, *(path.stat().st_mtime_ns for path in paths))
+    return {
+        "compare": _column(True),
+        "compared": text(judge.compared(step, after.prompt, after.seed)),
+        "slider": LazyUpdate(key, lambda: gr.ImageSlider(value=tuple(map(enlarged, paths)))),
+        "use": button(step in saved_steps(view.record), f"Use step {step}"),
+        "share": LazyUpdate(key, lambda: gr.DownloadButton(value=shared_image(view, step, *images))),
+    }
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
+    states = [gr.State(None), gr.State(None), gr.State("")]
     seen = gr.State({})
 
     @show_errors
     def refresh(
-        run_id: str | None, step: int | None, prompt_index: int | None, seen: dict[str, Hashable], request: gr.Request
+        run_id: str | None,
+        selected: Selected | None,
+        pair: Pair | None,
+        result: str,
+        seen: dict[str, Hashable],
+        request: gr.Request,
     ) -> list[Any]:
         view = view_of(context.settings.workspace(request), run_id)
-        about = None if view is None else (view.id, verdict.suggested_step(view.record))
-        now = parts(view, step, prompt_index, "about" not in seen or seen["about"] != about)
-        return [*updates(now, seen, outputs), keys(now) | {"about": about}]
+        if view is not None and view.task == "subject":
+            selected = selection(view, selected)
+            if pair is None or pair.run_id != view.id:
+                pair, result = next_pair(view, random.SystemRandom()), result if pair is None else ""
+        now = dict.fromkeys(outputs, LazyUpdate(None, gr.skip)) | content(view, selected, pair, result)
+        return [*updates(now, seen, outputs), selected, pair, result, keys(now)]
 
-    gr.on(
-        [context.refresh_triggers["judge"].change, outputs["step"].change, outputs["place"].change],
-        refresh,
-        inputs=[context.run, outputs["step"], outputs["place"], seen],
-        outputs=[*outputs.values(), seen],
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    refreshing: dict[str, Any] = {
+        "fn": refresh,
+        "inputs": [context.run, *states, seen],
+        "outputs": [*outputs.values(), *states, seen],
+        **QUIET,
+    }
+    context.refresh_triggers["judge"].change(trigger_mode="always_last", **refreshing)
+
+    _wire(context, outputs, states, refreshing)
+
+
+def _wire(context: AppContext, outputs: dict[str, Any], states: Sequence[gr.State], refreshing: dict[str, Any]) -> None:
+    """Attach what a user clicks.
+
+    Args:
+        states: the selected image, the pair to choose from, and the result of the last choice.
+        refreshing: the arguments of the listener that refreshes.
+    """
 
     @show_errors
-    def choose(event: gr.EventData) -> list[Any]:
+    def select(selected: Selected, event: gr.EventData) -> Selected:
         # The base model is always on the left.
-        step = gr.skip() if event.step == 0 else int(event.step)
-        return [step, int(event.place)]
-
-    outputs["table"].click(choose, outputs=[outputs["step"], outputs["place"]], show_progress="hidden", api_visibility="private")
+        return replace(selected, step=int(event.step) or selected.step, prompt=int(event.prompt))
 
     @show_errors
-    def use(run_id: str, step: int, request: gr.Request) -> list[Any]:
+    def prefer(run_id: str, pair: Pair | None, event: gr.EventData, request: gr.Request) -> list[Any]:
+        view = RunView(context.settings.workspace(request).run(run_id))
+        return [None, choose(view, pair, event.side) if pair is not None and pair.run_id == view.id else ""]
+
+    @show_errors
+    def use(run_id: str, selected: Selected, request: gr.Request) -> list[Any]:
         steps = steps_of(context.settings.workspace(request).run(run_id))
         # Use may not have been refreshed since the step was saved, and Gradio refuses a value that is not among the choices.
-        return [gr.Tabs(selected="use"), gr.Dropdown(choices=steps.choices, value=step), [run_id, step]]
+        step = gr.Dropdown(choices=steps.choices, value=selected.step)
+        return [gr.Tabs(selected="use"), step, [run_id, selected.step]]
 
-    to_use = [context.tabs, context.step, context.chosen]
-    outputs["use"].click(use, [context.run, outputs["step"]], to_use, api_visibility="private")
+    outputs["grid"].click(select, states[0], states[0], **QUIET).then(**refreshing)
+    outputs["choice"].click(prefer, [context.run, states[1]], states[1:], **QUIET).then(**refreshing)
+    outputs["use"].click(use, [context.run, states[0]], [context.tabs, context.step, context.chosen], api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:
     """The screen's components by name."""
-    components: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="judge-empty")}
-    components["suggestion"] = gr.HTML(visible=False, elem_id="judge-suggestion")
-    with gr.Column(visible=False, elem_id="judge-compare") as components["frame"]:
-        gr.HTML(COMPARE)
-        with gr.Row():
+    components: dict[str, Any] = {"empty": gr.HTML(elem_id="judge-empty")}
+    with gr.Column(visible=False) as components["results"]:
+        components["recommendation"] = gr.HTML(elem_id="judge-suggestion")
+        with gr.Column(visible=False, elem_id="judge-compare") as components["compare"], gr.Row():
             with gr.Column(min_width=280):
-                components["step"] = gr.Dropdown(label="Step", elem_id="judge-step", interactive=True)
-                components["place"] = gr.Dropdown(label="Prompt", elem_id="judge-prompt", interactive=True)
+                components["compared"] = gr.HTML()
                 components["use"] = gr.Button("Use this step", variant="primary", visible=False, elem_id="judge-use")
+                components["share"] = gr.DownloadButton("Download before and after", elem_id="judge-share")
             with gr.Column(min_width=280, scale=2):
                 components["slider"] = gr.ImageSlider(
                     elem_id="judge-slider", interactive=False, show_label=False, buttons=[], max_height=420
                 )
-    components["table"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CHOOSING)
-    components["curves"] = gr.HTML(visible=False, elem_id="judge-curves")
-    components["figures"] = gr.HTML(visible=False, elem_id="judge-figures")
-    components["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")
-    with components["details"]:
-        components["papers"] = gr.HTML(visible=False)
-        components["card"] = gr.Markdown()
-    return {name: components[name] for name in NAMES}
+        components["grid"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CLICKS)
+        components["choice"] = gr.HTML(visible=False, elem_id="judge-choice", js_on_load=CLICKS)
+        with gr.Row(elem_id="judge-plots"):
+            for title, (names, hint) in PLOTS.items():
+                components[title] = line_plot(title, [*names, "Recommended"], hint, SPECIAL_COLOURS, min_width=420)
+        components["measurements"] = gr.HTML(visible=False, elem_id="judge-figures")
+        components["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")
+        with components["details"]:
+            components["certificate"] = gr.HTML(visible=False)
+            components["card"] = gr.Markdown()
+    return components
