@@ -20,6 +20,7 @@ from webui import launching, photo_uploads, uploads
 from webui.context import AppContext, show_errors
 from webui.datasets import Dataset
 from webui.generation import reference_of, request_for, steps_of
+from webui.inference_worker import WORKER
 from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
 from webui.workspace import Workspace
@@ -144,9 +145,7 @@ def _renamed(value: Any, deprecated: Any, default: Any) -> Any:
 
 def _generated_file(workspace: Workspace, request: GenerationRequest) -> dict:
     """The only image of a request, as Gradio serves it."""
-    from webui.work import generation
-
-    (path,) = (event for event in generation.generate_images(workspace, request) if isinstance(event, Path))
+    (path,) = (event for event in WORKER.stream("generate", workspace, request) if isinstance(event, Path))
     return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
 
@@ -177,13 +176,11 @@ def _classify(context: AppContext) -> Any:
         Returns: for each {"image", "class", "probability", "top": [[class, probability], ...]}, or {"image", "error"} for a
             file that cannot be read. "picture" is the old name of "image" and has the same value.
         """
-        from webui.work import classify as classifying
-
         record = context.settings.workspace(request).run(run)
         if RunView(record).task != "classify":
             raise InputError("This run trained an adapter for generation. Choose a classifier.")
-        rows = classifying.classify(record, _files(_renamed(images, pictures, [])))
-        return [{"image": row["picture"], **row} for row in rows]
+        rows = WORKER.call("classify", record, _files(_renamed(images, pictures, [])))
+        return [{**row, "picture": row["image"]} for row in rows]
 
     return classify
 

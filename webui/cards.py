@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from webui.datasets import Dataset
+from webui.inference_worker import CheckedImage
 from webui.render import thumbnail
-
-if TYPE_CHECKING:
-    from webui.work.photos import CheckedImage
 
 CHIPS = {"good": "good", "look again": "warn", "left out": "bad"}
 STYLE = """

@@ -12,6 +12,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.fewshot_files import FewShotReport, ImagePrediction, PredictionFile, TrialResult
 from training.runs.record import RunRecord
+from webui.inference_worker import WORKER
 from webui.runs import read_cached
 
 ZERO_SHOT, CONTROL = "zeroshot", "pixels"
@@ -107,10 +108,7 @@ def named_source(record: RunRecord, name: str) -> DatasetSource | None:
     if given is not None and Path(given).is_dir() and data["dataset"] is None:
         is_inside = not PurePosixPath(name).is_absolute() and ".." not in parts
         return ImageFile(name, Path(given)) if is_inside else None
-    # Imported here because it loads the readers of all dataset formats.
-    from webui.work import labelled
-
-    return labelled.sources(given, data["dataset"]).get(name)
+    return WORKER.call("dataset_image", given, data["dataset"], name)
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import threading
 from collections import OrderedDict
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from webui.accounts import client_address
 from webui.settings import Settings, is_loopback
 
-FILE, UPLOAD, EVENTS = "/gradio_api/file=", "/gradio_api/upload", "/gradio_api/queue/data"
+FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
 # The paths that a browser needs to show the sign-in page.
 PUBLIC_PATHS = re.compile(
     r"/|/login/?|/logout|/favicon\.ico|/robots\.txt|/manifest\.json|(/gradio_api)?/theme\.css|/(static|assets)/.*"
@@ -106,14 +105,12 @@ class Guard:
         app: Gradio's app.
         settings: the settings of the server.
         cache: Gradio's folder of cached files.
-        page_loaded: set when the first page has loaded its data.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, cache: Path, page_loaded: threading.Event) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, cache: Path) -> None:
         self._app = app
         self._settings = settings
         self._cache = cache
-        self._page_loaded = page_loaded
         self._owners = Owners()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,8 +131,6 @@ class Guard:
             return await answer(scope, receive, send)
         client_address.set(scope["client"][0] if scope.get("client") else "")
         await self._app(scope, receive, send)
-        if path == EVENTS:
-            self._page_loaded.set()
 
     async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """The request's channels, with the handles in its response recorded for its user.

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.record import RunRecord
 from webui.datasets import CLASS_GONE, SET, Dataset, DatasetContent
+from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
 EXAMPLE = "example"
@@ -144,17 +146,18 @@ def title(workspace: Workspace, set_id: str) -> str:
 def find_classes(workspace: Workspace, set_id: str) -> LabelledClasses:
     """The classes of a dataset. Raises: InputError if it, or the local folder that it refers to, is gone or cannot be used."""
     if set_id == EXAMPLE:
-        # Imported here because it loads scikit-learn.
-        from webui.work import labelled
-
-        rows, notes = labelled.example()
-        return LabelledClasses(EXAMPLE, "example", None, tuple(LabelledClass(*row) for row in rows), notes)
+        return LabelledClasses(EXAMPLE, "example", None, *_example())
     dataset = Dataset.of(workspace, set_id)
     content = dataset.content()
     if content.local_folder is None:
         return uploaded_classes(dataset)
     _check_local(workspace)
     return read_local_folder(set_id, content)
+
+
+@lru_cache(maxsize=1)
+def _example() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    return WORKER.call("example_classes")
 
 
 def uploaded_classes(dataset: Dataset) -> LabelledClasses:
@@ -173,10 +176,8 @@ def uploaded_classes(dataset: Dataset) -> LabelledClasses:
 
 def read_local_folder(set_id: str, content: DatasetContent) -> LabelledClasses:
     """The class folders of `content.local_folder`. Raises: InputError if they or their new names cannot be used."""
-    from webui.work import labelled
-
-    rows, notes = labelled.read_folder(content.local_folder, content.class_names)
-    return LabelledClasses(set_id, "folder", content.local_folder, tuple(LabelledClass(*row) for row in rows), notes)
+    found = WORKER.call("folder_classes", content.local_folder, content.class_names)
+    return LabelledClasses(set_id, "folder", content.local_folder, *found)
 
 
 def point_to(workspace: Workspace, path: str) -> str:

@@ -30,6 +30,7 @@ from training.runs.record import RunRecord
 from training.runs.run_files import Launch
 from training.runs.run_log import LOG, START, log_tail
 from training.runs.waiting import QUEUE
+from webui.inference_worker import WORKER
 from webui.runs import RunView
 from webui.workspace import Workspace
 
@@ -228,7 +229,7 @@ def _locked(record: RunRecord) -> Iterator[None]:
 
 def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path) -> None:
     """Start a process that waits in the queue and then runs the command; return once it has written the run's status."""
-    _release_gpu()
+    WORKER.free_gpu()
     queue = workspace.all_runs.absolute() / QUEUE
     waiter = [sys.executable, "-P", "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_with_launcher(words)]
     environment = os.environ | import_path()
@@ -245,14 +246,6 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
         if time.monotonic() - began > MAX_WAIT_SECONDS:
             return
         time.sleep(0.02)
-
-
-def _release_gpu() -> None:
-    """Drop the models that generate images from the GPU, so that the run can use its memory."""
-    torch, cache = sys.modules.get("torch"), getattr(sys.modules.get("webui.work.pipeline_cache"), "PIPELINE_CACHE", None)
-    if torch is not None and cache is not None and torch.cuda.is_available():
-        # In a thread: an image may be in progress, and the run takes some seconds to load anyway.
-        threading.Thread(target=cache.release, daemon=True).start()
 
 
 def _with_launcher(words: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import InputError
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
+from webui.inference_worker import WORKER
 from webui.settings import Settings, app_command, is_loopback
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ SIGN_IN = "Sign in with your name and password. After five wrong passwords, wait
 # Hidden, so that it cannot be the name of an account or a dataset.
 CACHE = ".cache"
 CACHE_SECONDS = 86400
-# The libraries are loaded after the first page, or after this time if nobody opens one.
-WARM_UP_SECONDS = 20.0
 # Gradio's environment variables that are not overwritten: harmless, and without an option here.
 KEPT_VARIABLES = frozenset({"GRADIO_ROOT_PATH"})
 
@@ -152,8 +151,7 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
     page, accounts = build_page(settings), None
     if settings.accounts is not None:
         accounts = Accounts(settings.accounts)
-    page_loaded = threading.Event()
-    guard = Middleware(Guard, settings=settings, cache=settings.sets_dir / CACHE, page_loaded=page_loaded)
+    guard = Middleware(Guard, settings=settings, cache=settings.sets_dir / CACHE)
     try:
         app, _, _ = page.launch(
             server_name=settings.host,
@@ -173,7 +171,7 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
         raise InputError(f"{taken} at {settings.host}. Choose another one with --port.") from error
     if accounts is not None:
         app.tokens = Sessions(accounts)
-    threading.Thread(target=_warm_up, args=(page_loaded,), daemon=True, name="warm-up").start()
+    WORKER.start()
     return page
 
 
@@ -188,15 +186,6 @@ def _prepare_environment(cache: Path) -> None:
     for path in cache.rglob("*"):
         if path.is_file() and path.stat().st_mtime < oldest:
             path.unlink(missing_ok=True)
-
-
-def _warm_up(page_loaded: threading.Event) -> None:
-    """Import the model libraries after the first page has loaded, which the import would delay."""
-    page_loaded.wait(WARM_UP_SECONDS)
-    from webui import work
-
-    for name in sorted(work.MODULES):
-        getattr(work, name)
 
 
 def _add_account(path: Path, name: str) -> int:

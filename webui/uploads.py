@@ -36,6 +36,7 @@ from pipelines.image_formats import (
 )
 from pipelines.images import UNREADABLE, open_image
 from webui.datasets import SET, Dataset, DatasetImage, printable_name
+from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
 MAX_BYTES = 25 * 2**20
@@ -329,24 +330,19 @@ def check_adapter(file: str | Path) -> Path:
     Returns: the file.
     Raises: InputError if it is not. No code in the file is ever run.
     """
-    # Imported here because it loads torch.
-    from webui.work import adapter_files
-
     path, name = Path(file), display_name(file)
     size = path.stat().st_size
     if size > MAX_ADAPTER_BYTES:
         raise InputError(
             f"{name} is {size / 2**20:.0f} MB; an adapter may be at most {MAX_ADAPTER_BYTES // 2**20} MB. Choose a smaller one."
         )
-    adapter_files.check_tensors(path, name)
+    WORKER.call("check_adapter", path, name)
     return path
 
 
 def left_out(file: str | Path) -> list[str]:
     """Sentences on the tensors of a valid adapter that are not applied."""
-    from webui.work import adapter_files
-
-    return adapter_files.left_out(Path(file), display_name(file))
+    return WORKER.call("left_out", Path(file), display_name(file))
 
 
 def add_adapter(workspace: Workspace, file: str | Path) -> Path:

@@ -177,6 +177,11 @@ class GenerationRequest(Checked):
         return range(self.seed, self.seed + self.count)
 
     @property
+    def variants(self) -> tuple[bool, ...]:
+        """Whether the adapters are used, for each of the images of one seed."""
+        return (True, False) if self.with_base and self.adapters else (True,)
+
+    @property
     def source(self) -> ModelSource:
         """The base model that the adapters name; the built-in one if none names any."""
         return ModelSource.from_options(next((each.model for each in self.adapters if each.model is not None), {}))

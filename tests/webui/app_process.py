@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 from processes import kill_all_naming
+from worker_thread import launch_thread
+
+from webui.inference_worker import WORKER
 
 REPOSITORY = Path(__file__).parents[2]
 ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
@@ -26,7 +29,7 @@ FIRST_PORT, PORTS = 8100, 200
 # The signal at which a forked server writes the stacks of all its threads into its log, and how much of the log is of interest.
 STACKS, LOG_TAIL = signal.SIGUSR1, 20_000
 # Imported once per test process, by the process that servers are forked from.
-PRELOADED = ["webui.page", "webui.guard", "webui.theme", "webui.work.options", "webui.work.pipeline_cache"]
+PRELOADED = ["webui.page", "webui.guard", "webui.theme", "webui.work.options", "webui.inference_jobs"]
 
 
 class ForkedProcess:
@@ -74,6 +77,8 @@ def run_script(command: Sequence[str], environment: Mapping[str, str], log: Path
     os.environ.clear()
     os.environ |= environment
     os.chdir(REPOSITORY)
+    # Its jobs run in a thread, with the libraries that the fork has already.
+    WORKER.launch = launch_thread
     sys.argv = list(command)
     runpy.run_path(command[0], run_name="__main__")
 

@@ -12,6 +12,9 @@ import pytest
 from app_process import AppProcess
 from browsing import cropped, watch_answers
 from PIL import Image
+from worker_thread import launch_thread
+
+from webui.inference_worker import WORKER
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -33,6 +36,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         servers = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, AppProcess)]
         report.sections += [(f"the server at {server.url}", server.describe()) for server in servers]
     return report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def worker_in_this_process() -> Iterator[None]:
+    """Jobs run in a thread of the test's process, except in servers that are started as processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WORKER, "launch", launch_thread)
+        yield
 
 
 @pytest.fixture(scope="session")

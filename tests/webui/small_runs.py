@@ -15,7 +15,7 @@ from pipelines.fewshot.classifier import ClassifierFile, save_classifier
 from pipelines.subject import adapters
 from training.runs.run import RunDirectory
 from training.subject.image_scoring import keep_adapter
-from webui.work.classify import built_in
+from webui.inference_jobs import FEATURES
 
 
 def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None, **more):
@@ -51,7 +51,7 @@ def untrained_classifier(workspace, data_dir, names):
         names: the class names by folder in `data_dir`.
     """
     run = finished_classifier(workspace, data_dir, names)
-    digest = module_digest(built_in().model)
+    digest = module_digest(FEATURES.clip.model)
     told = ClassifierFile("zeroshot", "mini", None, digest, tuple(names), tuple(names.values()), ("a photo of a {}.",))
     for method in ("nora", "zeroshot"):
         save_classifier(run.path / "trials/2-shots/seed-0" / method, told)

@@ -98,9 +98,9 @@ def test_a_missing_run_causes_no_error_on_the_page(page):
 
 
 def test_new_images_are_classified_with_a_table_to_download(page, record, tmp_path, monkeypatch):
-    from webui.work import classify as work
+    from webui import inference_jobs as work
 
-    rows = [{"picture": "=1.png", "class": "sea", "probability": 0.7, "top": [["sea", 0.7], ["ruby", 0.2], ["leaf", 0.1]]}]
+    rows = [{"image": "=1.png", "class": "sea", "probability": 0.7, "top": [["sea", 0.7], ["ruby", 0.2], ["leaf", 0.1]]}]
     monkeypatch.setattr(work, "classify", lambda record, files, member: rows)
     (tmp_path / "new.png").write_bytes(coloured("sea", 5))
     kept, table = listener(page, "class_new", "classify")(record.path.name, None, [str(tmp_path / "new.png")], None)

@@ -10,9 +10,9 @@ from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.inputs import GivenImageSet
 from pipelines.fewshot.prompts import make_prompts
 from webui import class_runs
+from webui import inference_jobs as work
 from webui.datasets import Dataset
 from webui.labelled_datasets import class_datasets, uploaded_classes
-from webui.work import classify as work
 from webui.workspace import Workspace
 
 NAMES = {name: name for name in COLOURS}
@@ -70,9 +70,9 @@ def test_rows_list_the_most_likely_classes_and_name_unusable_files(record, image
     odd = tmp_path / "<b>.png"
     odd.write_text("<svg onload=alert(1)>")
     rows = work.classify(record, [images / "sea" / "1.png", odd, str(images / "ruby" / "2.png")])
-    assert [row["picture"] for row in rows] == ["1.png", "<b>.png", "2.png"]
+    assert [row["image"] for row in rows] == ["1.png", "<b>.png", "2.png"]
     assert "is not a JPEG, PNG, WebP" in rows[1]["error"]
-    expected = work.classifier_of(record).predict([images / "sea" / "1.png", images / "ruby" / "2.png"])
+    expected = work._classifier_of(record).predict([images / "sea" / "1.png", images / "ruby" / "2.png"])
     for row, label, likely in zip((rows[0], rows[2]), expected.labels, expected.top(3), strict=True):
         assert row["class"] == label
         assert row["probability"] == pytest.approx(likely[0][1], abs=1e-5)
@@ -80,17 +80,17 @@ def test_rows_list_the_most_likely_classes_and_name_unusable_files(record, image
 
 
 def test_a_classifier_stays_loaded_until_its_run_changes(record):
-    first = work.classifier_of(record)
-    assert work.classifier_of(record) is first
+    first = work._classifier_of(record)
+    assert work._classifier_of(record) is first
     told = record.path / "trials/2-shots/seed-0/nora/classifier.json"
     told.write_text(told.read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
-    assert work.classifier_of(record).temperature == 2.0
+    assert work._classifier_of(record).temperature == 2.0
 
 
 def test_a_method_is_selected_by_its_folder_and_no_other_folder_is_read(record):
-    assert work.classifier_of(record, "trials/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
+    assert work._classifier_of(record, "trials/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
     with pytest.raises(InputError, match="did not train this method"):
-        work.classifier_of(record, "../../elsewhere")
+        work._classifier_of(record, "../../elsewhere")
 
 
 def test_an_unfinished_run_cannot_classify(workspace, images):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -83,17 +82,6 @@ def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path
         assert launching._with_launcher(words) == [str(beside), *words[1:]]
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert launching._with_launcher(words) == [str(tmp_path / "python"), "-m", "accelerate.commands.launch", words[2]]
-
-
-@pytest.mark.parametrize("has_gpu", [True, False])
-def test_starting_a_run_releases_the_models_for_generation_from_the_gpu(workspace, monkeypatch, has_gpu):
-    released = []
-    cache = SimpleNamespace(PIPELINE_CACHE=SimpleNamespace(release=lambda: released.append(True)))
-    monkeypatch.setitem(sys.modules, "webui.work.pipeline_cache", cache)
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: has_gpu)))
-    launching._release_gpu()
-    time.sleep(0.2)
-    assert released == [True] * has_gpu
 
 
 def test_an_ended_run_leaves_no_zombie(workspace):

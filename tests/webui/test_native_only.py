@@ -5,8 +5,7 @@ from small_runs import small_run
 
 from pipelines.errors import InputError
 from webui.generation import layouts_of, request_for
-from webui.work import generation
-from webui.work.pipeline_cache import PipelineCache
+from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
 
@@ -22,17 +21,13 @@ def test_only_the_native_layouts_are_offered(workspace):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_file_for_another_program_is_refused_with_the_one_to_take(workspace, step):
-    with (
-        pytest.raises(InputError, match=r"no file 'For diffusers'\. Download 'Full'"),
-        generation.file_of(workspace, "mixture", step, "diffusers"),
-    ):
-        pass
-    with generation.file_of(workspace, "mixture", step, "full") as file:
-        assert file.stat().st_size > 0
+def test_a_file_for_another_program_is_refused_with_the_one_to_take(workspace, tmp_path, step):
+    with pytest.raises(InputError, match=r"no file 'For diffusers'\. Download 'Full'"):
+        WORKER.call("adapter_file", workspace, "mixture", step, "diffusers", tmp_path)
+    assert WORKER.call("adapter_file", workspace, "mixture", step, "full", tmp_path).stat().st_size > 0
 
 
 def test_it_cannot_be_merged_with_others(workspace, tmp_path):
     request = request_for(workspace, [("mixture@4", 1.0, None)], prompt="a star")
     with pytest.raises(InputError, match=r"cannot be merged into one file: .*is adapted by a mixture of subspaces"):
-        PipelineCache().merge(request, tmp_path / "mix.safetensors", "kohya")
+        WORKER.call("merge", request, "kohya", tmp_path)

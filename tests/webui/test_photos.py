@@ -16,8 +16,8 @@ from webui import draft as drafts
 from webui.cards import cards, escaped, sentences
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft, check_words, merged, without
+from webui.inference_jobs import checked_images, long_prompts_of
 from webui.uploads import add_images
-from webui.work.photos import checked_images, long_prompts_of
 from webui.workspace import Workspace
 
 

@@ -1,7 +1,6 @@
 """The cache generates the images of the command line, combines and merges adapters exactly, and cancels within a step."""
 
 import shutil
-import threading
 
 import diffusers
 import numpy as np
@@ -24,8 +23,8 @@ from pipelines.subject.generation_request import (
     GenerationRequest,
     ScaledAdapter,
 )
+from pipelines.subject.pipeline_cache import MAX_MODELS, PipelineCache
 from webui.generation import MAX_IMAGES_KEPT, GeneratedImages, find_adapter, others, request_for, steps_of
-from webui.work.pipeline_cache import MAX_MODELS, PipelineCache
 from webui.workspace import Workspace
 
 
@@ -53,8 +52,14 @@ def with_adapters(*adapters):
     return GenerationRequest(prompt="a star", adapters=adapters, seed=5, steps=4)
 
 
+def events_of(cache, wanted):
+    events = []
+    cache.generate(wanted, events.append)
+    return events
+
+
 def generated(cache, wanted):
-    return [event for event in cache.generate(wanted) if isinstance(event, GeneratedImage)]
+    return [event for event in events_of(cache, wanted) if isinstance(event, GeneratedImage)]
 
 
 def pixels(image):
@@ -105,7 +110,7 @@ def test_scale_zero_and_no_adapter_are_the_base_model(cache, workspace, tiny_mod
 
 
 def test_progress_counts_every_step_to_the_end(cache, workspace):
-    events = cache.generate(asked(workspace, "first@4", seed=1, count=2))
+    events = events_of(cache, asked(workspace, "first@4", seed=1, count=2))
     told = [event for event in events if isinstance(event, GenerationProgress)]
     assert [event.done for event in told if "Image" in event.words] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert {event.total for event in told} == {8}
@@ -113,34 +118,21 @@ def test_progress_counts_every_step_to_the_end(cache, workspace):
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
-def test_closing_cancels_within_a_step_and_does_not_change_the_next_image(cache, workspace, monkeypatch, step):
-    expected = one(cache, asked(workspace, "first@4"))
-    done = []
+def test_an_error_of_the_report_stops_at_that_step_and_does_not_change_the_next_image(cache, workspace, monkeypatch, step):
+    expected, done = one(cache, asked(workspace, "first@4")), []
     unet = next(iter(cache._models.values())).pipeline.unet
     forward = unet.forward
     monkeypatch.setattr(unet, "forward", lambda *args, **named: (done.append(1), forward(*args, **named))[1])
-    events = cache.generate(asked(workspace, "first@4", steps=100))
-    for event in events:
-        if isinstance(event, GenerationProgress) and "Image" in event.words and event.done >= step:
-            break
-    events.close()
-    at_close = len(done)
-    assert at_close <= step + 3
-    assert not any(thread.name.startswith("generation") for thread in threading.enumerate())
-    assert len(done) == at_close
+
+    def report(event):
+        if "Image" in event.words and event.done >= step:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        cache.generate(asked(workspace, "first@4", steps=100), report)
+    assert len(done) == step
     monkeypatch.undo()
     assert apart(one(cache, asked(workspace, "first@4")), expected) == 0
-
-
-def test_requests_run_one_at_a_time(cache, workspace):
-    first = cache.generate(asked(workspace, "first@4"))
-    for event in first:
-        if "Image" in event.words:
-            break
-    second = cache.generate(asked(workspace, "first@4"))
-    assert next(second).words == "Waiting for the device"
-    first.close()
-    assert isinstance(list(second)[-1], GeneratedImage)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -219,8 +211,6 @@ def test_the_number_of_loaded_models_is_limited(workspace, tiny_model, tmp_path)
         own = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
         generated(cache, asked(own, f"run-{name}@4", steps=1))
     assert len(cache._models) == MAX_MODELS
-    cache.release()
-    assert not cache._models
 
 
 @pytest.mark.parametrize(

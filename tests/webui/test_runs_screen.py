@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -11,7 +10,7 @@ from run_folders import add_report, add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import Interval
-from webui import run_cards, work
+from webui import inference_jobs, run_cards
 from webui.compare import OTHER_IMAGES, Compared
 from webui.runs import RunView
 from webui.screens.runs import class_draft_like, draft_like
@@ -136,12 +135,12 @@ def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspa
     run_in(workspace.runs / "b", "done")
     image, requests = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
 
-    def generate_images(within, request):
+    def generate(report, within, request):
         requests.append((request.adapters[0].reference, request.prompt, request.seed, request.count))
-        yield "half"
-        yield image
+        report("half")
+        report(image)
 
-    monkeypatch.setattr(work, "generation", SimpleNamespace(generate_images=generate_images), raising=False)
+    monkeypatch.setattr(inference_jobs, "generate", generate)
     tables = list(generated_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
     assert requests == [("a@60", NASTY, 7, 1)]
     assert "generating" in tables[0]

@@ -119,7 +119,7 @@ class Preparation:
         self.model, self.run, self.accelerator = options.model.pretrained_model_name_or_path, run, accelerator
         self.validation_prompts = options.output.validation_prompt
         self.share = (accelerator.process_index, accelerator.num_processes)
-        self.crop_config = crop_config_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
+        self.crop_config = crop_config_for(size_multiple(pipeline), options.data, sampling.resolution, options.optimisation.seed)
         cache = TensorCache(Path(options.data.cache_dir or run.path / CACHE))
         self.encoder = LatentEncoder(
             pipeline, cache, options.data.dataloader_num_workers, self.share, accelerator.wait_for_everyone
@@ -191,15 +191,16 @@ def record_report(report: ImageCheckReport, resolution: int, run: RunDirectory) 
         ImageChecks.from_json(complete.to_dict()).write(run.path)
 
 
-def crop_config_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> CropConfig:
+def crop_config_for(multiple: int, options: DataOptions, resolution: int, seed: int) -> CropConfig:
     """The crops of images.
 
+    Args:
+        multiple: the number of which the model needs the sides of images to be multiples.
     Raises: InputError if the sizes given do not fit the model.
     """
     sizes: tuple[Size, ...] = ((resolution, resolution),)
-    if options.aspect_ratio_buckets == AUTOMATIC:
-        sizes = automatic_buckets(resolution, size_multiple(pipeline))
-    elif options.aspect_ratio_buckets is not None:
-        sizes = parse_buckets(options.aspect_ratio_buckets, size_multiple(pipeline))
+    if options.aspect_ratio_buckets is not None:
+        text = options.aspect_ratio_buckets.strip()
+        sizes = automatic_buckets(resolution, multiple) if text == AUTOMATIC else parse_buckets(text, multiple)
     crops = 0 if options.center_crop else options.crops_per_image
     return CropConfig(sizes, crops, options.random_flip, options.size_conditioning or "image", seed)

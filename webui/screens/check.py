@@ -17,6 +17,7 @@ from webui.cards import escaped
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
 from webui.draft import SCENES, TRIGGER, Draft
+from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
@@ -221,14 +222,13 @@ def _value(value: Any) -> str:
 
 def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> str:
     from webui.work import options as checked
-    from webui.work import photos as work_photos
 
     photos = Dataset.of(workspace, Draft.from_browser(stored).set)
     if not photos.photos():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
     options = checked.build(workspace, "subject", subject_runs.values_of(context, workspace, stored)[1])
-    truncated = "".join(f'<p class="warning">{escaped(words)}</p>' for words in work_photos.long_prompts_of(photos, options))
-    crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.photos()]
+    truncated = "".join(f'<p class="warning">{escaped(words)}</p>' for words in WORKER.call("long_prompts_of", photos, options))
+    crops, names = WORKER.call("crops", photos, options), [entry.name for entry in photos.photos()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in crops}
     variants = crops[0].variants
     more = f" Training uses {variants} crops or mirror images of each; the first is shown." if variants > 1 else ""

@@ -15,6 +15,7 @@ from webui.class_html import class_cards, share
 from webui.class_runs import ClassifyContext, check_free, set_of
 from webui.context import QUIET, show_errors
 from webui.datasets import Dataset
+from webui.inference_worker import WORKER
 from webui.labelled_datasets import (
     EXAMPLE,
     LabelledClasses,
@@ -170,9 +171,7 @@ def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
     if sum(bool(one.images) for one in classes.classes) < 2:
         # Not skipped: a late result for the previous dataset may have replaced the summary.
         return _summary(classes, None), class_cards(classes, {})
-    from webui.work import classify as classifying
-
-    zero_shot_result = classifying.zero_shot(classes)
+    zero_shot_result = WORKER.call("zero_shot", classes)
     return _summary(classes, (zero_shot_result.right, zero_shot_result.count)), class_cards(classes, zero_shot_result.by_class)
 
 

@@ -16,6 +16,7 @@ from webui import class_files, class_html, class_runs
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
 from webui.context import QUIET, show_errors
+from webui.inference_worker import WORKER
 from webui.render import tile
 
 MOST = 100
@@ -70,10 +71,8 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
     def classify(run_id: str, trial: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         if not files:
             return [], gr.DownloadButton(visible=False)
-        from webui.work import classify as work
-
         _check_count(files)
-        rows = work.classify(settings.workspace(request).run(run_id), files, trial)
+        rows = WORKER.call("classify", settings.workspace(request).run(run_id), files, trial)
         predictions = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
         return predictions, gr.DownloadButton(
             value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows)
@@ -151,10 +150,10 @@ def _train_again_button(context: ClassifyContext, predictions: gr.State, answers
 
 def _card(row: dict[str, Any]) -> str:
     """An image and its most likely classes, as HTML."""
-    name = html.escape(row["picture"])
+    name = html.escape(row["image"])
     if "error" in row:
         return f"<p class='warning'>{html.escape(row['error'])}</p>"
-    image = tile(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
+    image = tile(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["image"])
     notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in row.get("notes", ()))
     bars = class_html.bars([(label, value) for label, value in row["top"]], first_only=True)
     return f"<div class='thumbs'><figure>{image}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"
@@ -172,5 +171,5 @@ def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
     head = [word for rank in range(1, count + 1) for word in (f"class {rank}", f"probability {rank}")]
     return [
         ["image", *head],
-        *([row["picture"], *(word for name, value in row["top"] for word in (name, f"{value:.6g}"))] for row in classified),
+        *([row["image"], *(word for name, value in row["top"] for word in (name, f"{value:.6g}"))] for row in classified),
     ]

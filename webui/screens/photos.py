@@ -17,6 +17,7 @@ from webui.cards import SCRIPT, STYLE, cards, sentences
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
 from webui.draft import Draft
+from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
 EXAMPLE_INTRO = """<h2>Example subject</h2>
@@ -180,12 +181,10 @@ def _existing(workspace: Workspace, set_id: str | None) -> str | None:
 
 
 def _examined(photos: Dataset) -> str:
-    """The cards with the results of the image checks. The first call loads the model libraries."""
+    """The cards with the results of the image checks."""
     if not photos.photos():
         return cards(photos, None)
-    from webui.work import photos as work_photos
-
-    checked = work_photos.checked_images(photos)
+    checked = WORKER.call("checked_images", photos)
     return cards(photos, checked.images, checked.together)
 
 

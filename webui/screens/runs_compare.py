@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gradio as gr
 from webui.compare import MAX_RUNS, Compared, letter, side_by_side
 from webui.context import QUIET, AppContext, show_errors
 from webui.generation import reference_of, request_for, steps_of
+from webui.inference_worker import WORKER
 from webui.render import parts, thumbnail
 from webui.runs import RunView, views
 from webui.workspace import Workspace
@@ -89,18 +91,17 @@ def generated_with_all(workspace: Workspace, compared: Compared, prompt: str, se
 
     Raises: InputError if an adapter or the prompt cannot be used.
     """
-    from webui.work import generation
-
     steps = [steps_of(view.record).chosen for view in compared.views]
     cells = ["" if step is not None else NO_ADAPTER for step in steps]
     for index, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
         if step is None:
             continue
         request = request_for(workspace, [(reference_of(view.id, step), 1.0, None)], prompt=prompt, seed=seed)
-        for event in generation.generate_images(workspace, request):
-            if isinstance(event, Path):
-                cells[index] = parts.image(thumbnail(event), prompt, "pixel")
-            yield _table(compared.views, steps, cells, prompt, seed)
+        with closing(WORKER.stream("generate", workspace, request)) as events:
+            for event in events:
+                if isinstance(event, Path):
+                    cells[index] = parts.image(thumbnail(event), prompt, "pixel")
+                yield _table(compared.views, steps, cells, prompt, seed)
 
 
 def _table(runs: tuple[RunView, ...], steps: list[int | None], cells: list[str], prompt: str, seed: int) -> str:

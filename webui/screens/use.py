@@ -22,6 +22,7 @@ from webui.cards import escaped
 from webui.context import QUIET, AppContext, show_errors
 from webui.gallery import bar_of, details_of, gallery_of
 from webui.generation import FILE, GeneratedImages, others, reference_of, reference_of_file, request_for, settings_of, steps_of
+from webui.inference_worker import WORKER
 from webui.runs import RunView
 from webui.screens import use_files
 from webui.screens.train import view_of
@@ -309,11 +310,9 @@ def _cancel(request: gr.Request) -> str:
 
 def _generate(workspace: Workspace, generation_request: GenerationRequest, session: str, token: int) -> Iterator[list[Any]]:
     """Generate images; yields updates of the bar, the gallery and its details until the token is cancelled."""
-    from webui.work import generation
-
     began = updated = time.monotonic()
     notice = _of_syntax(generation_request)
-    with closing(generation.generate_images(workspace, generation_request)) as events:
+    with closing(WORKER.stream("generate", workspace, generation_request)) as events:
         for event in events:
             if CANCELLATIONS.is_cancelled(session, token):
                 return

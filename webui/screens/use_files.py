@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,6 +15,7 @@ from gradio.utils import get_upload_folder
 from pipelines.subject.generation_request import GenerationRequest
 from webui.context import AppContext, show_errors
 from webui.generation import LAYOUTS, Layout, layouts_of, size_text
+from webui.inference_worker import WORKER
 from webui.runs import RunView
 
 # With a delay, until the button has its new file.
@@ -81,9 +84,9 @@ def wire(context: AppContext, files: Files, inputs: list[Any], request_of: Calla
 
     @show_errors
     def merge(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
-        from webui.work import generation
-
-        with generation.merged(request_of(context.settings.workspace(request), values), layout) as path:
+        wanted = request_of(context.settings.workspace(request), values)
+        with tempfile.TemporaryDirectory() as folder:
+            path = WORKER.call("merge", wanted, layout, Path(folder))
             return gr.DownloadButton(value=save_file_to_cache(path, get_upload_folder()))
 
     on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
@@ -105,9 +108,8 @@ def wire(context: AppContext, files: Files, inputs: list[Any], request_of: Calla
 def _download(context: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
     @show_errors
     def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
-        from webui.work import generation
-
-        with generation.file_of(context.settings.workspace(request), run_id, step, layout) as path:
+        with tempfile.TemporaryDirectory() as folder:
+            path = WORKER.call("adapter_file", context.settings.workspace(request), run_id, step, layout, Path(folder))
             return gr.DownloadButton(value=save_file_to_cache(path, get_upload_folder()))
 
     return download

@@ -1,16 +1,13 @@
-"""Image generation: keeps base models and adapters loaded, reports each denoising step, and can be cancelled between steps."""
+"""Image generation with base models and adapters that stay loaded."""
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Literal, TypeVar
+from typing import Literal
 
 import diffusers
 import torch
@@ -33,16 +30,11 @@ from pipelines.subject.generation_request import (
 )
 from pipelines.subject.model_source import ModelSource
 
-Result = TypeVar("Result")
 MAX_MODELS = 2
 # Previews of each image while it is denoised.
 PREVIEWS = 8
 # Errors of diffusers and PEFT for a file in another format or for another model.
 UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
-
-
-class GenerationCancelled(Exception):
-    """Raised between two denoising steps to cancel; never leaves this module."""
 
 
 @dataclass
@@ -54,34 +46,30 @@ class _Model:
 
 
 class PipelineCache:
-    """Runs one request at a time with models that stay loaded.
+    """Generates with models that stay loaded; for one thread at a time.
 
     Images are generated one by one, so that a seed gives the same image whatever the number of images.
     """
 
     def __init__(self) -> None:
         self._models: OrderedDict[ModelSource, _Model] = OrderedDict()
-        # Not reentrant: a generator may be advanced and closed in different threads.
-        self._device = threading.Lock()
         self._count = 0
 
-    def generate(self, request: GenerationRequest) -> Iterator[GenerationProgress | GeneratedImage]:
-        """Generate all images of `request`: yields progress at each step, and each finished image.
+    def generate(self, request: GenerationRequest, report: Callable[[GenerationProgress | GeneratedImage], None]) -> None:
+        """Generate all images of `request`; reports the progress at each denoising step, and each finished image.
 
-        Closing the iterator cancels the request within one denoising step.
+        An exception that `report` raises stops the generation.
         Raises: InputError naming the model or adapter that cannot be used.
         """
-        variants = [True, False] if request.with_base and request.adapters else [True]
-        total = request.steps * request.count * len(variants)
-        yield GenerationProgress("Waiting for the device" if self._device.locked() else "Loading the model", 0, total)
-        with self._device:
-            model = self._ready(request)
-            with _sampler(model.pipeline, request.sampler) as sampler:
-                for index, (seed, adapted) in enumerate((seed, adapted) for seed in request.seeds for adapted in variants):
-                    words = f"Image {index + 1} of {request.count * len(variants)}"
-                    begun = GenerationProgress(words, index * request.steps, total)
-                    image = yield from self._image(model, request, seed, adapted, begun)
-                    yield GeneratedImage(image, request.settings(seed, sampler, adapted))
+        images = [(seed, adapted) for seed in request.seeds for adapted in request.variants]
+        total = request.steps * len(images)
+        report(GenerationProgress("Loading the model", 0, total))
+        model = self._ready(request)
+        with _sampler(model.pipeline, request.sampler) as sampler:
+            for index, (seed, adapted) in enumerate(images):
+                begun = GenerationProgress(f"Image {index + 1} of {len(images)}", index * request.steps, total)
+                image = _image(model, request, seed, adapted, begun, report)
+                report(GeneratedImage(image, request.settings(seed, sampler, adapted)))
 
     def merge(self, request: GenerationRequest, path: Path, layout: Literal["diffusers", "kohya"]) -> Path:
         """Write the weighted sum of the adapters of `request` as one LoRA file in `layout` at `path` (.safetensors); exact.
@@ -92,46 +80,18 @@ class PipelineCache:
             raise InputError("There is no adapter to merge. Choose one.")
         if any(each.blocks != BlockScales() for each in request.adapters):
             raise InputError("A merged file has one weight for each adapter. Set the weights of the blocks to 1.")
-        with self._device:
-            model = self._ready(request)
-            names = [self._name(model, each) for each in request.adapters]
-            scales = dict(zip(names, (each.scale for each in request.adapters), strict=True))
-            try:
-                return export_lora(model.pipeline, path, names[0] if list(scales.values()) == [1] else scales, layout)
-            except ValueError as error:
-                raise InputError(f"These adapters cannot be merged into one file: {error}") from error
+        model = self._ready(request)
+        names = [self._name(model, each) for each in request.adapters]
+        scales = dict(zip(names, (each.scale for each in request.adapters), strict=True))
+        try:
+            return export_lora(model.pipeline, path, names[0] if list(scales.values()) == [1] else scales, layout)
+        except ValueError as error:
+            raise InputError(f"These adapters cannot be merged into one file: {error}") from error
 
-    def export(self, adapter: ScaledAdapter, use: Callable[[StableDiffusionXLPipeline, str], Result]) -> Result:
-        """Call `use` with a pipeline and the name of `adapter` on it; returns its result."""
-        with self._device:
-            model = self._ready(GenerationRequest(prompt=adapter.name, adapters=(adapter,)))
-            return use(model.pipeline, self._name(model, adapter))
-
-    def release(self) -> None:
-        """Drop all models, so that training can use their memory."""
-        with self._device:
-            self._models.clear()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def _image(
-        self, model: _Model, request: GenerationRequest, seed: int, adapted: bool, begun: GenerationProgress
-    ) -> Generator[GenerationProgress, None, Image.Image]:
-        yield begun
-        every = max(1, request.steps // PREVIEWS)
-
-        def generate_one(report: Callable[[GenerationProgress], None]) -> Image.Image:
-            def on_step(step: int, latents: torch.Tensor) -> None:
-                image = preview(model.pipeline, latents) if step % every == 0 else None
-                report(replace(begun, done=begun.done + min(step, request.steps), preview=image))
-
-            plain = without_adapters(model.pipeline) if model.names and not (adapted and request.adapters) else nullcontext()
-            with plain, threads_for(model.pipeline):
-                return next(generate(model.pipeline, [request.prompt], [seed], request.sampling, on_step=on_step))
-
-        with _in_steps(generate_one) as (steps, result):
-            yield from steps
-            return result()
+    def loaded(self, adapter: ScaledAdapter) -> tuple[StableDiffusionXLPipeline, str]:
+        """A pipeline with `adapter`, and its name on it. Raises: InputError if it cannot be used."""
+        model = self._ready(GenerationRequest(prompt=adapter.name, adapters=(adapter,)))
+        return model.pipeline, self._name(model, adapter)
 
     def _ready(self, request: GenerationRequest) -> _Model:
         """The request's model with its adapters active at their scales."""
@@ -170,6 +130,26 @@ class PipelineCache:
             model.names[key] = name
         model.names.move_to_end(key)
         return model.names[key]
+
+
+def _image(
+    model: _Model,
+    request: GenerationRequest,
+    seed: int,
+    adapted: bool,
+    begun: GenerationProgress,
+    report: Callable[[GenerationProgress], None],
+) -> Image.Image:
+    report(begun)
+    every = max(1, request.steps // PREVIEWS)
+
+    def on_step(step: int, latents: torch.Tensor) -> None:
+        image = preview(model.pipeline, latents) if step % every == 0 else None
+        report(replace(begun, done=begun.done + min(step, request.steps), preview=image))
+
+    plain = without_adapters(model.pipeline) if model.names and not (adapted and request.adapters) else nullcontext()
+    with plain, threads_for(model.pipeline):
+        return next(generate(model.pipeline, [request.prompt], [seed], request.sampling, on_step=on_step))
 
 
 def _newest_change(adapter: ScaledAdapter) -> int:
@@ -215,31 +195,3 @@ def _sampler(pipeline: StableDiffusionXLPipeline, name: str | None) -> Iterator[
 
 def _components_of(pipeline: StableDiffusionXLPipeline) -> Sequence[torch.nn.Module]:
     return (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
-
-
-@contextmanager
-def _in_steps(
-    work: Callable[[Callable[[GenerationProgress], None]], Result],
-) -> Iterator[tuple[Iterator[GenerationProgress], Callable[[], Result]]]:
-    """Run `work` in a thread; gives an iterator over the steps that it reports, and a function that returns its result.
-
-    Leaving the context early cancels the work at its next step and waits for it.
-    """
-    steps: SimpleQueue[GenerationProgress | None] = SimpleQueue()
-    stop = threading.Event()
-
-    def report(step: GenerationProgress) -> None:
-        if stop.is_set():
-            raise GenerationCancelled
-        steps.put(step)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="generation") as pool:
-        future = pool.submit(work, report)
-        future.add_done_callback(lambda _: steps.put(None))
-        try:
-            yield iter(steps.get, None), future.result
-        finally:
-            stop.set()
-
-
-PIPELINE_CACHE = PipelineCache()

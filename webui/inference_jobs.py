@@ -1,0 +1,366 @@
+"""The jobs of the worker process: `python -m webui.inference_jobs DESCRIPTOR` runs them. The page's process must not import this.
+
+Each public function is a job by its name; those with `report` as the first argument are streams. See `webui.inference_worker`.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from nora_vision.components import adapted_components
+from nora_vision.files import AdapterFileError
+from pipelines.buckets import nearest_bucket
+from pipelines.built_in import model_path
+from pipelines.errors import InputError
+from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
+from pipelines.fewshot.data import LabelledSet, rename
+from pipelines.fewshot.feature_cache import FeatureCache
+from pipelines.fewshot.loading import load_folder, load_images
+from pipelines.fewshot.samples import sample_set
+from pipelines.fewshot.sets import load_set
+from pipelines.fewshot.shots import split_notes
+from pipelines.fewshot.sources import DatasetSource
+from pipelines.images import read_image, read_image_with_notes
+from pipelines.subject import lora_files
+from pipelines.subject.adapters import save_everywhere
+from pipelines.subject.data import image_size, preprocess
+from pipelines.subject.encoding import CropConfig
+from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest
+from pipelines.subject.image_checks import Finding, check_images
+from pipelines.subject.pipeline_cache import PipelineCache
+from pipelines.subject.prompt_length import long_prompts
+from training.options import SubjectOptions
+from training.runs.fewshot_files import FewShotReport
+from training.runs.record import RunRecord
+from training.runs.run_files import Suggestion
+from training.subject.finishing import SUGGESTED
+from training.subject.measured import adapter_at
+from training.subject.preparing import crop_config_for
+from webui.datasets import Dataset, num_test_images
+from webui.generation import LAYOUTS, GeneratedImages, Layout, find_adapter, last_step, reference_of
+from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
+from webui.labelled_datasets import EXAMPLE, LabelledClass, LabelledClasses
+from webui.runs import read_cached
+from webui.uploads import display_name, read_upload
+from webui.workspace import Workspace
+
+# The jobs that run one after another.
+ON_DEVICE = frozenset({"generate", "merge", "adapter_file", "classify", "zero_shot"})
+# The zero-shot accuracy uses at most MOST_ZERO_SHOT images, but FEWEST_OF_CLASS of every class, to take a few seconds.
+MOST_ZERO_SHOT, FEWEST_OF_CLASS = 200, 2
+MAX_CLASSIFIERS, MOST_FILES, TOP = 2, 200, 3
+# Assumed for models that are not on this machine.
+SDXL_RESOLUTION, SDXL_MULTIPLE = 1024, 32
+# Advice for users of the page, by the kind of finding; all other advice is that of the command line.
+ADVICE = {
+    "extreme_shape": "Crop it to the subject, or set aspect ratio buckets in the expert settings under Check.",
+    "small": "Use a larger one, or a lower resolution in the expert settings under Check.",
+    "tiny": "Use a larger one: at least 64 pixels on its shorter side, better several hundred.",
+}
+PIPELINES = PipelineCache()
+FEATURES = FeatureCache()
+
+
+def on_gpu() -> bool:
+    """Whether models are loaded onto a GPU."""
+    return torch.cuda.is_available()
+
+
+def generate(report: Callable[[GenerationProgress | Path], None], workspace: Workspace, request: GenerationRequest) -> None:
+    """Report progress at each denoising step, and the file of each finished image among the user's images.
+
+    Raises: InputError if an adapter cannot be used.
+    """
+    images = GeneratedImages.of(workspace)
+
+    def saved(event: GenerationProgress | GeneratedImage) -> None:
+        report(images.add(event.image, event.settings) if isinstance(event, GeneratedImage) else event)
+
+    PIPELINES.generate(request, saved)
+
+
+def merge(request: GenerationRequest, layout: Literal["diffusers", "kohya"], folder: Path) -> Path:
+    """Merge the adapters of the request into one LoRA file in `folder`.
+
+    Raises: InputError if they cannot be merged.
+    """
+    return PIPELINES.merge(request, folder / f"merged-{layout}.safetensors", layout)
+
+
+def adapter_file(workspace: Workspace, run_id: str, step: int, layout: Layout, folder: Path) -> Path:
+    """Write the adapter of a run at `step` in `layout`, a file or a zip of a folder, into `folder`.
+
+    Raises: InputError if there is no such adapter or layout.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"The layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    adapter = find_adapter(workspace, reference_of(run_id, step))
+    path = _on_disk(workspace.run(run_id), step, layout)
+    if path is None:
+        pipeline, name = PIPELINES.loaded(adapter)
+        components: dict[str, Any] = adapted_components(pipeline, name)
+        save_everywhere(pipeline, components, folder, "adapter", name)
+        path = _in(folder, layout)
+    if path is None:
+        raise InputError(f"This adapter has no file {LAYOUTS[layout][0]!r}. Download {LAYOUTS['full'][0]!r}, which all have.")
+    return _packed(path, folder / f"{run_id}-step-{step}-{layout}")
+
+
+def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
+    if step == last_step(record):
+        return _in(record.path, layout)
+    suggestion = read_cached(Suggestion, record.path)
+    if suggestion is not None and step == suggestion.step and (record.path / SUGGESTED).is_dir():
+        return _in(record.path / SUGGESTED, layout)
+    exported = adapter_at(record, step) / layout
+    return exported if exported.is_dir() else None
+
+
+def _in(folder: Path, layout: Layout) -> Path | None:
+    """The layout's file or folder in one that `save_everywhere` wrote."""
+    if layout in ("compact", "full"):
+        return folder / "adapter" / layout if (folder / "adapter" / layout).is_dir() else None
+    return next(iter(sorted((folder / layout).glob("*.safetensors"))), None)
+
+
+def _packed(source: Path, named: Path) -> Path:
+    """A copy of a file, or a zip of a folder, under its download name."""
+    if source.is_file():
+        return Path(shutil.copyfile(source, named.with_name(f"{named.name}.safetensors")))
+    target = named.with_name(f"{named.name}.zip")
+    # Weights do not compress.
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            packed.write(file, Path(named.name) / file.relative_to(source))
+    return target
+
+
+def check_adapter(path: Path, name: str) -> None:
+    """Check that a file is a safetensors file with a LoRA of a supported kind and only finite values.
+
+    Raises: InputError naming the file `name` if it is not.
+    """
+    try:
+        lora_files.check_file(path)
+    except AdapterFileError as error:
+        raise InputError(f"{str(error).replace(str(path), name)} Add an adapter in a .safetensors file.") from error
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), name)) from error
+
+
+def left_out(path: Path, name: str) -> list[str]:
+    """Sentences on the tensors that are not applied, for a file that passes `check_adapter`, with `name` as its name."""
+    return [sentence.replace(str(path), name) for sentence in lora_files.left_out(path)]
+
+
+def checked_images(images: Dataset) -> CheckedImages:
+    """The results of the image checks, cached until an image changes.
+
+    Raises: InputError if no image can be used.
+    """
+    return _checked_images(images, tuple(sorted(images.signature())))
+
+
+@functools.lru_cache(maxsize=64)
+def _checked_images(images: Dataset, signature: tuple[str, ...]) -> CheckedImages:
+    report = check_images(images.folder)
+
+    def sentence(finding: Finding) -> str:
+        """With the user's names in place of the generated ones."""
+        words = finding.words.replace(repr(images.folder.name.replace("_", " ")), "your subject")
+        for entry in images.photos():
+            words = words.replace(repr(entry.file), f"“{entry.name}”")
+        return f"{words} {ADVICE.get(finding.kind, finding.advice)}"
+
+    by_file = {each.path.name: CheckedImage(each.verdict, tuple(map(sentence, each.findings))) for each in report.images}
+    return CheckedImages(by_file, (*map(sentence, report.findings), *report.warnings()))
+
+
+def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
+    """Each image as the model sees it in training with `options`.
+
+    Raises: InputError if an image or a size cannot be used.
+    """
+    resolution, multiple = _resolution_of_model(options.model.pretrained_model_name_or_path)
+    crop_config = crop_config_for(multiple, options.data, options.data.resolution or resolution, options.optimisation.seed)
+    return [_crop(path, path.stat().st_mtime_ns, position, crop_config) for position, path in enumerate(images.files())]
+
+
+def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
+    """A sentence for each prompt or caption that is truncated; none if the model's tokenizers are not on this machine."""
+    data = options.data
+    prompts = dict.fromkeys(options.output.validation_prompt, "validation prompt")
+    if data.with_prior_preservation and data.class_prompt:
+        prompts[data.class_prompt] = "class prompt"
+    prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
+    captions = [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption]
+    tokenizers = _tokenizers(model_path(options.model.pretrained_model_name_or_path))
+    return [prompt.summary() for prompt in long_prompts(tokenizers, prompts, captions)]
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizers(name_or_path: str) -> tuple[CLIPTokenizer, ...]:
+    """The tokenizers of a model in a folder or in the Hub's cache; empty for any other model."""
+    if Path(name_or_path).is_file():
+        return ()
+    folders = ("tokenizer", "tokenizer_2")
+    try:
+        return tuple(CLIPTokenizer.from_pretrained(name_or_path, subfolder=name, local_files_only=True) for name in folders)
+    except OSError:
+        return ()
+
+
+def _resolution_of_model(name_or_path: str) -> tuple[int, int]:
+    """The resolution of a model in pixels, and the number of which an image's sides must be multiples."""
+    files = [Path(model_path(name_or_path)) / part / "config.json" for part in ("unet", "vae")]
+    if not all(path.is_file() for path in files):
+        return SDXL_RESOLUTION, SDXL_MULTIPLE
+    unet, vae = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _crop(path: Path, changed: int, position: int, crop_config: CropConfig) -> Crop:
+    variants = crop_config.crop_variants(position, nearest_bucket(image_size(path), crop_config.sizes))
+    pixels = preprocess(path, read_image_with_notes(path).image, variants[0]).pixels
+    preview = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+    size = (preview.height, preview.width)
+    preview.thumbnail((384, 384))
+    stream = io.BytesIO()
+    preview.save(stream, "PNG")
+    # A data URL, so that the server stores no file for each setting that is tried.
+    return Crop(f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}", size, len(variants))
+
+
+def example_classes() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    """The classes of scikit-learn's handwritten digits, and sentences on how they were read."""
+    return _classes(sample_set())
+
+
+def folder_classes(path: Path, names: Mapping[str, str]) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    """The class folders in `path`, with the classes in `names` renamed, and sentences on how they were read.
+
+    Raises: InputError if the folder cannot be used, or two classes would have the same name.
+    """
+    dataset = load_folder(path)
+    return _classes(rename(dataset, {key: name for key, name in names.items() if key in dataset.keys}))
+
+
+def _classes(dataset: LabelledSet) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    images: list[list[DatasetSource]] = [[] for _ in dataset.classes]
+    for image in dataset.images:
+        images[image.label].append(image.source)
+    tested = Counter(image.label for image in dataset.of_part("test"))
+    classes = []
+    for label, (key, name, sources) in enumerate(zip(dataset.keys, dataset.classes, images, strict=True)):
+        num_tested = tested[label] if dataset.parts else num_test_images(len(sources))
+        classes.append(LabelledClass(key, name, tuple(sources), len(sources) - num_tested))
+    return tuple(classes), (*dataset.notes, *split_notes(dataset))
+
+
+def dataset_image(path: str | None, dataset: str | None, name: str) -> DatasetSource | None:
+    """The image `name` of a dataset in any format that the recipe reads; None if there is none.
+
+    Raises: InputError if the dataset is missing or cannot be read.
+    """
+    return _dataset_images(path, dataset).get(name)
+
+
+@functools.lru_cache(maxsize=4)
+def _dataset_images(path: str | None, dataset: str | None) -> dict[str, DatasetSource]:
+    if path is None:
+        return {image.name: image.source for image in sample_set().images}
+    labelled = load_images(path) if dataset is None else load_set(path, dataset)
+    return {image.name: image.source for image in labelled.images}
+
+
+def zero_shot(classes: LabelledClasses) -> ZeroShotAccuracy:
+    """Zero-shot accuracy of the built-in CLIP on some images of each class.
+
+    Raises: InputError if there are fewer than two classes with images, or an image cannot be read.
+    """
+    with_images = [one for one in classes.classes if one.images]
+    if len(with_images) < 2:
+        raise InputError("Zero-shot accuracy needs at least two classes with images. Add images to another class.")
+    template = "digits" if classes.id == EXAMPLE else "photo"
+    each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(with_images))
+    chosen = [one.images[:: max(1, len(one.images) // each)][:each] for one in with_images]
+    predicted = iter(FEATURES.zero_shot(list(chain(*chosen)), [one.name for one in with_images], template))
+    right = [list(islice(predicted, len(files))).count(label) for label, files in enumerate(chosen)]
+    by_class = {one.key: (right[label], len(chosen[label])) for label, one in enumerate(with_images)}
+    return ZeroShotAccuracy(sum(right), sum(map(len, chosen)), by_class)
+
+
+def classify(record: RunRecord, files: Sequence[str | Path], trial: str | None = None, top: int = TOP) -> list[dict[str, Any]]:
+    """Classify images with the classifier of a run.
+
+    Args:
+        files: uploaded files; each is checked like any upload.
+        trial: the folder of a trial of the run; None for the trial that was chosen as the classifier.
+        top: the number of classes to return per image.
+    Returns: a row for each file: {"image": its name, "class", "probability", "top": [[class, probability], ...]}, with "notes"
+        if there are sentences on how it was read; {"image", "error"} for a file that cannot be used. Names and sentences
+        contain user input.
+    Raises: InputError if there is no file, there are too many, or the run has no such classifier.
+    """
+    if not 1 <= len(files) <= MOST_FILES:
+        raise InputError(f"1 to {MOST_FILES} images can be classified at once, got {len(files)}.")
+    rows: list[dict[str, Any]] = []
+    readable = []
+    for file in map(Path, files):
+        row: dict[str, Any] = {"image": display_name(file)}
+        try:
+            upload = read_upload(file, row["image"])
+            readable.append(read_image(io.BytesIO(upload.content), row["image"]))
+            if upload.notes:
+                row["notes"] = list(upload.notes)
+        except InputError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    if readable:
+        predictions = _classifier_of(record, trial).predict(readable).top(top)
+        for row, likely in zip((row for row in rows if "error" not in row), predictions, strict=True):
+            (row["class"], row["probability"]), row["top"] = likely[0], [list(one) for one in likely]
+    return rows
+
+
+def _classifier_of(record: RunRecord, trial: str | None = None) -> FewShotClassifier:
+    """The classifier of a run; the `MAX_CLASSIFIERS` used last stay loaded."""
+    report = read_cached(FewShotReport, record.path)
+    if trial is not None and (report is None or report.trial_in(trial) is None):
+        raise InputError("This run did not train this method. Choose one from the list.")
+    if report is None:
+        raise InputError("This run has no classifier yet. Wait until it is done, or choose another run.")
+    folder = classifier_folder(record.path if trial is None else record.path / trial)
+    return _loaded(folder.absolute(), (folder / CLASSIFIER).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=MAX_CLASSIFIERS)
+def _loaded(folder: Path, changed: int) -> FewShotClassifier:
+    return FewShotClassifier.from_run(folder)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    serve(Connection(int(sys.argv[1])), sys.modules[__name__])
+    # Without waiting for jobs in flight, when the server has ended.
+    os._exit(0)
