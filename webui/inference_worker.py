@@ -71,11 +71,15 @@ class Process(Protocol):
         """Wait for its end; returns its exit code."""
 
 
-def launch() -> tuple[Connection, Process]:
-    """Start the worker process in a session of its own, where no Ctrl-C reaches it. It ends when the connection is closed."""
+def launch(jobs: str = "webui.inference_jobs") -> tuple[Connection, Process]:
+    """Start the worker process in a session of its own, where no Ctrl-C reaches it. It ends when the connection is closed.
+
+    Args:
+        jobs: the module that it runs, with the descriptor of the connection as argument.
+    """
     ours, theirs = Pipe()
     with theirs:
-        command = [sys.executable, "-P", "-m", "webui.inference_jobs", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", jobs, str(theirs.fileno())]
         environment = os.environ | import_path()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()], start_new_session=True
@@ -103,11 +107,10 @@ class _Started:
             self._connection.send(request)
         return replies
 
-    def forget(self, number: int, cancel: bool) -> None:
-        """Drop further replies to a request, and cancel it if it is still in flight."""
+    def cancel(self, number: int) -> None:
+        """Drop further replies to a request, which is cancelled if it is in flight."""
         with self._lock, suppress(OSError):
-            del self._replies[number]
-            if cancel and not self.has_ended:
+            if self._replies.pop(number, None) is not None and not self.has_ended:
                 self._connection.send(Request(number))
 
     def finish(self) -> None:
@@ -121,7 +124,10 @@ class _Started:
                 reply = self._connection.recv()
                 if reply.number == READY:
                     self.on_gpu = reply.value
-                elif (replies := self._replies.get(reply.number)) is not None:
+                elif reply.kind == "event":
+                    if (replies := self._replies.get(reply.number)) is not None:
+                        replies.put(reply)
+                elif (replies := self._replies.pop(reply.number, None)) is not None:
                     replies.put(reply)
         with self._lock:
             self.has_ended = True
@@ -129,6 +135,28 @@ class _Started:
                 replies.put(Reply(number, "error", InputError(ENDED)))
             self._connection.close()
         logger.info("The worker process has ended with exit code %s", self.process.wait())
+
+
+class Stream(Iterator[Any]):
+    """The events of a streaming job. `close` may be called by any thread: it ends the iteration and cancels the job."""
+
+    def __init__(self, started: _Started, number: int, replies: SimpleQueue[Reply]) -> None:
+        self._started, self._number, self._replies = started, number, replies
+
+    def __next__(self) -> Any:
+        """The next event. Raises: as `InferenceWorker.call`."""
+        reply = self._replies.get()
+        if reply.kind == "event":
+            return reply.value
+        self._replies.put(Reply(self._number, "result", None))
+        if reply.kind == "error":
+            raise reply.value
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the iteration, and cancel the job before it starts or at its next event."""
+        self._started.cancel(self._number)
+        self._replies.put(Reply(self._number, "result", None))
 
 
 class InferenceWorker:
@@ -151,11 +179,17 @@ class InferenceWorker:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The result of the job `name`. Raises: InputError of the job, or because the process ended; InferenceError."""
-        return next(self._replies(Request(next(self._numbers), name, arguments)))
+        _, replies = self._sent(Request(next(self._numbers), name, arguments))
+        reply = replies.get()
+        if reply.kind == "error":
+            raise reply.value
+        return reply.value
 
-    def stream(self, name: str, *arguments: Any) -> Iterator[Any]:
-        """The events of the job `name`; closing the iterator cancels the job at its next event. Raises: as `call`."""
-        yield from self._replies(Request(next(self._numbers), name, arguments, is_stream=True))
+    def stream(self, name: str, *arguments: Any) -> Stream:
+        """The events of the job `name`, whose first argument is the function that it reports them with."""
+        request = Request(next(self._numbers), name, arguments, is_stream=True)
+        started, replies = self._sent(request)
+        return Stream(started, request.number, replies)
 
     def stop(self) -> None:
         """Let the process end after the requests in flight, which frees the device; the next request starts another one."""
@@ -168,20 +202,6 @@ class InferenceWorker:
         """Stop the process if its models are on a GPU."""
         if self._started is not None and self._started.on_gpu:
             self.stop()
-
-    def _replies(self, request: Request) -> Iterator[Any]:
-        started, replies = self._sent(request)
-        is_in_flight = True
-        try:
-            while (reply := replies.get()).kind == "event":
-                yield reply.value
-            is_in_flight = False
-        finally:
-            started.forget(request.number, cancel=is_in_flight)
-        if reply.kind == "error":
-            raise reply.value
-        if not request.is_stream:
-            yield reply.value
 
     def _sent(self, request: Request) -> tuple[_Started, SimpleQueue[Reply]]:
         """The process that has received the request, started again if it has ended before, and the queue of the replies."""

@@ -1,8 +1,15 @@
 """The page's process imports no model library."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
+import pytest
+from gradio_client import Client
+from processes import wait_for
+from small_runs import small_run
 
 REPOSITORY = Path(__file__).parents[2]
 # The options and the form of the page are not free of torch yet.
@@ -24,3 +31,21 @@ def test_no_module_of_the_page_imports_a_model_library():
     words = [sys.executable, "-c", IMPORT_ALL, *(name for name in names if name not in LOADED_BY)]
     told = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.slow(40)
+def test_the_page_of_a_server_is_used_without_loading_a_model_library_and_its_worker_ends_with_it(
+    app_server, new_page, tiny_model
+):
+    server = app_server(forked=False)
+    run = small_run(server.runs, tiny_model, "20260101-000001-drawer").path.name
+    page = new_page(server.url)
+    page.wait_for_selector(".photo-card .chip.good", timeout=90_000)
+    generated = Client(server.url, verbose=False).predict(run, "a star", steps=2, api_name="/generate")
+    assert Path(generated).is_file()
+    (worker,) = psutil.Process(server.process.pid).children()
+    loaded = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, worker.pid)}
+    assert "libtorch" in loaded[worker.pid]
+    assert not [line for line in loaded[server.process.pid].splitlines() if re.search(r"site-packages/(torch|sklearn|scipy/|safetensors|tokenizers)", line)]
+    server.kill()
+    assert wait_for(lambda: not worker.is_running())
