@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import gradio as gr
 import pytest
+from browsing import go_to
 from PIL import Image
-from run_folders import PROMPTS, add_samples, curve, end_processes, finished_run, measure, run_in, scores
+from playwright.sync_api import expect
+from run_folders import CURVE_STEPS, PROMPTS, add_samples, curve, end_processes, finished_run, measure, run_in, scores
 
+from pipelines.run_file import ResolvedOptions
 from training.runs.preferences import Preferences
 from training.runs.record import RunRecord
 from training.runs.run_files import Certificate
@@ -30,6 +33,7 @@ from webui.screens.judge import (
 from webui.settings import Settings
 from webui.workspace import Workspace
 
+PATIENCE = 120_000
 CERTIFICATE = Certificate(True, {}, {}, 1.0, 1.0, [], [], [], {}, "float32", "cpu").to_json()
 
 
@@ -253,3 +257,47 @@ def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
     assert all(each == gr.skip() for each in sent)
     *sent, _, _, _, _ = refresh("a", selected, None, "You preferred it.", seen, None)
     assert ["You preferred it." in each.value for each in sent if each != gr.skip()] == [True]
+
+
+# Whether the first line on the screen has that many points.
+POINTS = """points => document.querySelector('#judge-plots .mark-line path').getAttribute('d').split('L').length === points"""
+
+
+def test_judge_in_a_browser(app_server, new_page, screenshot, tmp_path):
+    server = app_server()
+    finished_run(server.runs / "20260101-000001-first")
+    shorter = run_in(server.runs / "20260101-000002-second", "done", total=40)
+    measure(shorter, curve((0, 20, 40)), scores((0, 40)))
+    ResolvedOptions({"data": {"instance_prompt": "a second toy"}}).write(shorter.path)
+    # While a run is active, the page asks for changes.
+    run_in(server.runs / "20260101-000003-active", steps=10)
+    page = new_page(server.url)
+    page.set_default_timeout(PATIENCE)
+    go_to(page, "judge")
+
+    for name, points in (("a second toy", 3), ("sks toy.*done", len(CURVE_STEPS))):
+        page.locator("#run input").click()
+        page.locator("[role=option]", has_text=re.compile(name)).click()
+        expect(page.locator("#judge-suggestion")).to_contain_text("recommended" if points == 3 else "Recommended")
+        expect(page.locator("#judge-plots svg.marks")).to_have_count(4)
+        page.wait_for_function(POINTS, arg=points)
+    page.evaluate(
+        """() => { window.changes = 0; const seen = new MutationObserver(list => window.changes += list.length);
+        for (const plot of document.querySelectorAll('#judge-plots .vega-embed'))
+          seen.observe(plot, {subtree: true, childList: true, attributes: true}); }"""
+    )
+    asked = page.asked
+    while page.asked < asked + 6:
+        page.wait_for_timeout(250)
+    assert page.evaluate("window.changes") == 0, "plots are drawn again although nothing changed"
+    screenshot(page, "each/judge")
+    page.locator('#judge-samples button[data-step="100"][data-prompt="2"]').click()
+    expect(page.locator("#judge-use")).to_contain_text("Use step 100")
+    with page.expect_download() as download:
+        page.locator("#judge-share").click()
+    assert download.value.suggested_filename.endswith("step100-before-after.png")
+    page.locator('#judge-choice button[data-side="left"]').click()
+    expect(page.locator("#judge-choice [role=status]")).to_contain_text("You preferred")
+    expect(page.locator("#judge-figures thead")).to_contain_text("You preferred")
+    assert len(Preferences.read(server.runs / "20260101-000001-first").choices) == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280

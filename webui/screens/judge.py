@@ -168,9 +168,9 @@ def measurements(view: RunView) -> Markup:
     if view.metrics_error is not None:
         return parts.warning(view.metrics_error)
     measured = {name: column for name, column in columns(view).items() if column and name not in SPECIAL_COLOURS}
-    steps, recommended = sorted({step for column in measured.values() for step in column}), recommended_step(view)
-    if not steps:
+    if not measured:
         return Markup("")
+    steps, recommended = sorted(set().union(*measured.values())), recommended_step(view)
     cells = {name: {step: _number(name, value) for step, value in column.items()} for name, column in measured.items()}
     cells |= _preferred(view)
     rows = [[judge.step_name(step, recommended), *(column.get(step, "") for column in cells.values())] for step in steps]
