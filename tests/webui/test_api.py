@@ -152,19 +152,22 @@ def test_images_are_classified_with_a_run(client, classifier, tmp_path):
     assert good["class"] in COLOURS
     assert sum(share for _, share in good["top"]) == pytest.approx(1, abs=1e-3)
     assert "broken.png" in bad["error"]
-    assert good["image"] == good["picture"]
+    assert good["image"] == "unseen.png"
 
 
-def test_the_old_names_of_parameters_are_accepted(client, drawer, classifier, tmp_path):
-    settings = {"seed": 3, "step": 4, "steps": 2, "api_name": "/generate"}
-    images = [Image.open(client.predict(drawer, "a star", **{name: 0.5}, **settings)) for name in ("scale", "strength")]
-    assert images[0].tobytes() == images[1].tobytes()
-    (tmp_path / "unseen.png").write_bytes(coloured("sea", 99))
-    rows = [
-        client.predict(classifier, **{name: [handle_file(tmp_path / "unseen.png")]}, api_name="/classify")
-        for name in ("images", "pictures")
-    ]
-    assert rows[0] == rows[1]
+def test_an_old_name_of_a_parameter_is_refused_with_the_new_one(client, drawer, classifier):
+    refused(client, "'strength' is now called 'scale'", drawer, "a star", strength=0.5, api_name="/generate")
+    refused(client, "'guidance' is now called 'guidance_scale'", drawer, "a star", guidance=2.0, api_name="/generate")
+    for endpoint, values in (("/classify", [classifier]), ("/start", ["subject", {}])):
+        refused(client, "'pictures' is now called 'images'", *values, pictures=[], api_name=endpoint)
+
+
+def test_a_size_and_a_sampler_can_be_chosen(client, drawer):
+    path = client.predict(drawer, "a star", steps=2, size=[64, 72], sampler="DDIM", api_name="/generate")
+    assert Image.open(path).size == (64, 72)
+    assert read_settings(Path(path))["sampler"] == "DDIM"
+    refused(client, "Sampler must be one of Euler", drawer, "a star", sampler="Magic", api_name="/generate")
+    refused(client, "multiples of 8", drawer, "a star", size=[3, 5], api_name="/generate")
 
 
 def test_all_runs_are_listed_newest_first(client, started):
@@ -194,7 +197,7 @@ def test_an_invalid_generation_request_is_refused_with_a_message(client, started
     run = drawer
     refused(client, "prompt is empty", run, " ", api_name="/generate")
     refused(client, "Seed must be in \\[0", run, "a star", seed=-1, api_name="/generate")
-    refused(client, "Adapter weight must be a number", run, "a star", strength="much", api_name="/generate")
+    refused(client, "Adapter weight must be a number", run, "a star", scale="much", api_name="/generate")
     refused(client, "no longer exists", run, "a star", step=999, api_name="/generate")
     refused(client, "Steps must be in \\[1, 150", run, "a star", steps=100000, api_name="/generate")
     refused(client, "no saved adapter", started[2], "a star", api_name="/generate")

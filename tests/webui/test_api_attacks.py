@@ -66,7 +66,7 @@ def honest(parameter):
     """A valid value of an argument."""
     if parameter.get("parameter_has_default"):
         return parameter["parameter_default"]
-    named = {"run": f"{RUN}-bob", "task": "subject", "options": {}, "pictures": [], "prompt": "a star"}
+    named = {"run": f"{RUN}-bob", "task": "subject", "options": {}, "images": [], "prompt": "a star"}
     return named.get(parameter["parameter_name"], "")
 
 
@@ -136,7 +136,7 @@ def test_only_the_endpoints_of_the_app_are_public(endpoints):
 def attacks(server, parameter):
     """The attacks on an argument: all of them for a run, files or options, a few for a number or text."""
     listed = [[each] for each in files(server)]
-    by_name = {"run": paths(server), "pictures": [*listed, *files(server)[:2]], "options": options(server), "prompt": []}
+    by_name = {"run": paths(server), "images": [*listed, *files(server)[:2]], "options": options(server), "prompt": []}
     return by_name.get(parameter["parameter_name"], [paths(server)[0], files(server)[0]])
 
 
