@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import json
 import logging
 import os
 import shutil
@@ -22,13 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
-from transformers import CLIPTokenizer
 
 from nora_vision.components import adapted_components
 from nora_vision.files import AdapterFileError
-from pipelines.buckets import nearest_bucket
-from pipelines.built_in import model_path
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
 from pipelines.fewshot.data import LabelledSet, rename
@@ -38,22 +33,19 @@ from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
 from pipelines.fewshot.shots import split_notes
 from pipelines.fewshot.sources import DatasetSource
-from pipelines.images import read_image, read_image_with_notes
+from pipelines.images import read_image
 from pipelines.subject import lora_files
 from pipelines.subject.adapters import save_everywhere
-from pipelines.subject.data import image_size, preprocess
-from pipelines.subject.encoding import CropConfig
 from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest
 from pipelines.subject.image_checks import Finding, check_images
 from pipelines.subject.pipeline_cache import PipelineCache
-from pipelines.subject.prompt_length import long_prompts
 from training.options import SubjectOptions
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.finishing import SUGGESTED
 from training.subject.measured import adapter_at
-from training.subject.preparing import crop_config_for
+from training.subject.preview import CropPreview, crop_previews, truncated_prompts
 from webui.datasets import Dataset, num_test_images
 from webui.generation import LAYOUTS, GeneratedImages, Layout, find_adapter, last_step, reference_of
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
@@ -67,8 +59,6 @@ ON_DEVICE = frozenset({"generate", "merge", "adapter_file", "classify", "zero_sh
 # The zero-shot accuracy uses at most MOST_ZERO_SHOT images, but FEWEST_OF_CLASS of every class, to take a few seconds.
 MOST_ZERO_SHOT, FEWEST_OF_CLASS = 200, 2
 MAX_CLASSIFIERS, MOST_FILES, TOP = 2, 200, 3
-# Assumed for models that are not on this machine.
-SDXL_RESOLUTION, SDXL_MULTIPLE = 1024, 32
 # Advice for users of the page, by the kind of finding; all other advice is that of the command line.
 ADVICE = {
     "extreme_shape": "Crop it to the subject, or set aspect ratio buckets in the expert settings under Check.",
@@ -199,56 +189,21 @@ def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
 
     Raises: InputError if an image or a size cannot be used.
     """
-    resolution, multiple = _resolution_of_model(options.model.pretrained_model_name_or_path)
-    crop_config = crop_config_for(multiple, options.data, options.data.resolution or resolution, options.optimisation.seed)
-    return [_crop(path, path.stat().st_mtime_ns, position, crop_config) for position, path in enumerate(images.files())]
+    return [_crop(each) for each in crop_previews(images.files(), options)]
+
+
+def _crop(preview: CropPreview) -> Crop:
+    shown, stream = preview.image.copy(), io.BytesIO()
+    shown.thumbnail((384, 384))
+    shown.save(stream, "PNG")
+    # A data URL, so that the server stores no file for each setting that is tried.
+    address = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return Crop(address, (preview.image.height, preview.image.width), preview.variants)
 
 
 def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
     """A sentence for each prompt or caption that is truncated; none if the model's tokenizers are not on this machine."""
-    data = options.data
-    prompts = dict.fromkeys(options.output.validation_prompt, "validation prompt")
-    if data.with_prior_preservation and data.class_prompt:
-        prompts[data.class_prompt] = "class prompt"
-    prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
-    captions = [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption]
-    tokenizers = _tokenizers(model_path(options.model.pretrained_model_name_or_path))
-    return [prompt.summary() for prompt in long_prompts(tokenizers, prompts, captions)]
-
-
-@functools.lru_cache(maxsize=8)
-def _tokenizers(name_or_path: str) -> tuple[CLIPTokenizer, ...]:
-    """The tokenizers of a model in a folder or in the Hub's cache; empty for any other model."""
-    if Path(name_or_path).is_file():
-        return ()
-    folders = ("tokenizer", "tokenizer_2")
-    try:
-        return tuple(CLIPTokenizer.from_pretrained(name_or_path, subfolder=name, local_files_only=True) for name in folders)
-    except OSError:
-        return ()
-
-
-def _resolution_of_model(name_or_path: str) -> tuple[int, int]:
-    """The resolution of a model in pixels, and the number of which an image's sides must be multiples."""
-    files = [Path(model_path(name_or_path)) / part / "config.json" for part in ("unet", "vae")]
-    if not all(path.is_file() for path in files):
-        return SDXL_RESOLUTION, SDXL_MULTIPLE
-    unet, vae = (json.loads(path.read_text(encoding="utf-8")) for path in files)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
-
-
-@functools.lru_cache(maxsize=256)
-def _crop(path: Path, changed: int, position: int, crop_config: CropConfig) -> Crop:
-    variants = crop_config.crop_variants(position, nearest_bucket(image_size(path), crop_config.sizes))
-    pixels = preprocess(path, read_image_with_notes(path).image, variants[0]).pixels
-    preview = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
-    size = (preview.height, preview.width)
-    preview.thumbnail((384, 384))
-    stream = io.BytesIO()
-    preview.save(stream, "PNG")
-    # A data URL, so that the server stores no file for each setting that is tried.
-    return Crop(f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}", size, len(variants))
+    return truncated_prompts(options, [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption])
 
 
 def example_classes() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
