@@ -11,10 +11,9 @@ from run_folders import add_report, add_samples, finished_run, run_in
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import Interval
 from webui import inference_jobs, run_cards
-from webui.compare import OTHER_IMAGES, Compared
 from webui.runs import RunView
+from webui.screens.compare import NO_ADAPTER, OTHER_IMAGES, comparable, comparison, generated_with_all, plots
 from webui.screens.runs import class_draft_like, draft_like
-from webui.screens.runs_compare import NO_ADAPTER, generated_with_all
 from webui.workspace import Workspace
 
 PATIENCE = 120_000
@@ -43,45 +42,43 @@ def classifier(folder, name="nora", value=0.8, shots=4):
 def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_that_differ(workspace):
     finished_run(workspace.runs / "a")
     with_options(finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4})
-    compared = Compared.of(workspace, ["a", "b"])
-    shown = compared.images()
+    runs = comparable(workspace, ["a", "b"])
+    shown = comparison(runs)
     assert shown.count("<img") == 6
     assert shown.count("a photo of sks toy (seed 0)") == 1
     assert shown.count("step ") >= 2
-    told = compared.differences()
-    assert "adapter: method" in told
-    assert "instance_prompt" not in told
-    assert "default" in told
-    curves = compared.curves()
-    assert curves.count("<figure") == 3
-    assert all(f"{letter}: training loss" in curves for letter in "AB")
+    assert "adapter: method" in shown
+    assert "instance_prompt" not in shown
+    assert "default" in shown
+    for plot in plots(runs).values():
+        assert {name for *_, name in plot.update().key} == {"A", "B"}, plot.title
 
 
 def test_runs_with_different_prompts_offer_to_generate_the_same_one(workspace):
     for name, prompts in (("a", ("one",)), ("b", ("two",))):
         add_samples(run_in(workspace.runs / name, "done"), 100, prompts=prompts)
     run_in(workspace.runs / "c", "done")
-    assert OTHER_IMAGES in Compared.of(workspace, ["a", "b"]).images()
-    assert OTHER_IMAGES in Compared.of(workspace, ["a", "c"]).images()
+    assert OTHER_IMAGES in comparison(comparable(workspace, ["a", "b"]))
+    assert OTHER_IMAGES in comparison(comparable(workspace, ["a", "c"]))
 
 
 def test_runs_with_the_same_options_have_no_differences(workspace):
     for name in "ab":
         finished_run(workspace.runs / name)
-    assert "None. The runs have the same options." in Compared.of(workspace, ["a", "b"]).differences()
+    assert "None. The runs have the same options." in comparison(comparable(workspace, ["a", "b"]))
 
 
 def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
     classifier(workspace.runs / "a")
     classifier(workspace.runs / "b", "lora", 0.55)
-    shown = Compared.of(workspace, ["a", "b"]).in_html()
+    shown = comparison(comparable(workspace, ["a", "b"]))
     assert "80% (70% to 90%)" in shown
     assert "55% (45% to 65%)" in shown
     assert "NoRA, 4 images per class" in shown
     assert "method: method" in shown
     (workspace.runs / "a" / "report.json").unlink()
     (workspace.runs / "b" / "report.json").unlink()
-    assert "no accuracy yet" in Compared.of(workspace, ["a", "b"]).in_html()
+    assert "no accuracy yet" in comparison(comparable(workspace, ["a", "b"]))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_runs_that_cannot_be_compared_are_refused(workspace, ids, message):
         run_in(workspace.runs / name, "done")
     classifier(workspace.runs / "digits")
     with pytest.raises(InputError, match=message):
-        Compared.of(workspace, ids)
+        comparable(workspace, ids)
 
 
 def test_user_input_is_escaped_in_the_comparison(workspace):
@@ -108,8 +105,8 @@ def test_user_input_is_escaped_in_the_comparison(workspace):
         run = with_options(finished_run(workspace.runs / name), data={"instance_prompt": NASTY + name, NASTY: NASTY + name})
         add_samples(run, 60, prompts=(NASTY,))
         add_samples(run, 100, prompts=(NASTY,))
-    compared = Compared.of(workspace, ["a", "b"])
-    shown = compared.in_html() + run_cards.heading(compared.views[0]) + run_cards.question(compared.views[0])
+    runs = comparable(workspace, ["a", "b"])
+    shown = comparison(runs) + run_cards.heading(runs[0]) + run_cards.question(runs[0])
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
 
@@ -141,7 +138,7 @@ def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspa
         report(image)
 
     monkeypatch.setattr(inference_jobs, "generate", generate)
-    tables = list(generated_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
+    tables = list(generated_with_all(workspace, comparable(workspace, ["a", "b"]), NASTY, 7))
     assert requests == [("a@60", NASTY, 7, 1)]
     assert "generating" in tables[0]
     assert tables[-1].count("<img") == 1

@@ -13,7 +13,7 @@ from webui import launching, run_cards
 from webui.context import QUIET, AppContext, LazyUpdate, button, keys, show_errors, text, updates
 from webui.draft import Draft
 from webui.runs import Action, RunView, views
-from webui.screens import runs_compare
+from webui.screens import compare
 from webui.workspace import Workspace
 
 LABELS: dict[str, str] = {
@@ -62,7 +62,7 @@ def build(context: AppContext) -> None:
         outputs = [*context.outputs, context.draft, context.class_draft]
         components[action].click(handler, context.run, outputs, api_visibility="private").then(**refreshing)
     _wire_deleting(context, components, asked, refreshing)
-    runs_compare.build(context)
+    compare.build(context)
 
 
 def _layout() -> dict[str, Any]:
