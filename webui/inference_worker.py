@@ -119,22 +119,28 @@ class _Started:
             self._connection.send(None)
 
     def _receive(self) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                reply = self._connection.recv()
-                if reply.number == READY:
-                    self.on_gpu = reply.value
-                elif reply.kind == "event":
-                    if (replies := self._replies.get(reply.number)) is not None:
-                        replies.put(reply)
-                elif (replies := self._replies.pop(reply.number, None)) is not None:
-                    replies.put(reply)
-        with self._lock:
-            self.has_ended = True
-            for number, replies in self._replies.items():
-                replies.put(Reply(number, "error", InputError(ENDED)))
-            self._connection.close()
-        logger.info("The worker process has ended with exit code %s", self.process.wait())
+        """Pass the replies on until the process ends, which fails the requests in flight."""
+        try:
+            with suppress(EOFError, OSError):
+                while True:
+                    self._pass_on(self._connection.recv())
+        finally:
+            with self._lock:
+                self.has_ended = True
+                for number, replies in self._replies.items():
+                    replies.put(Reply(number, "error", InputError(ENDED)))
+                self._connection.close()
+        if code := self.process.wait():
+            logger.warning("The worker process has ended with exit code %s; the next request starts another one", code)
+
+    def _pass_on(self, reply: Reply) -> None:
+        if reply.number == READY:
+            self.on_gpu = reply.value
+            return
+        replies = self._replies.get(reply.number) if reply.kind == "event" else self._replies.pop(reply.number, None)
+        # There is none after the request was cancelled.
+        if replies is not None:
+            replies.put(reply)
 
 
 class Stream(Iterator[Any]):

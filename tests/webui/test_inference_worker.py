@@ -93,7 +93,7 @@ def test_a_request_that_waits_for_the_device_is_cancelled_by_another_thread(work
     assert log.read_text().split() == [*map(str, range(50)), "end"]
 
 
-def test_a_killed_process_costs_the_requests_in_flight_and_the_next_one_starts_another(worker, log):
+def test_a_killed_process_costs_the_requests_in_flight_and_the_next_one_starts_another(worker, log, caplog):
     before = worker.call("process_id")
     events = worker.stream("steps", 10_000, log)
     assert next(events) == 0
@@ -101,6 +101,7 @@ def test_a_killed_process_costs_the_requests_in_flight_and_the_next_one_starts_a
     with pytest.raises(InputError, match=r"The process that runs the models has ended.*Try again"):
         list(events)
     assert worker.call("process_id") not in (before, os.getpid())
+    assert wait_for(lambda: "has ended with exit code -9" in caplog.text)
 
 
 def test_the_process_of_a_gpu_ends_after_the_requests_in_flight_and_any_other_stays(worker, log, monkeypatch):
