@@ -38,6 +38,7 @@ from pipelines.subject import lora_files
 from pipelines.subject.adapters import save_everywhere
 from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest
 from pipelines.subject.image_checks import Finding, check_images
+from pipelines.subject.outliers import with_outliers
 from pipelines.subject.pipeline_cache import PipelineCache
 from training.options import SubjectOptions
 from training.runs.fewshot_files import FewShotReport
@@ -171,7 +172,7 @@ def checked_images(images: Dataset) -> CheckedImages:
 
 @functools.lru_cache(maxsize=64)
 def _checked_images(images: Dataset, signature: tuple[str, ...]) -> CheckedImages:
-    report = check_images(images.folder)
+    report = with_outliers(check_images(images.folder))
 
     def sentence(finding: Finding) -> str:
         """With the user's names in place of the generated ones."""

@@ -222,7 +222,7 @@ class InferenceWorker:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """The result of the checks of one image: a verdict, one of `webui.cards.CHIPS`, and a sentence per finding."""
+    """The result of the checks of one image: a verdict, one of `webui.screens.photos.CHIPS`, and a sentence per finding."""
 
     verdict: str
     sentences: tuple[str, ...]

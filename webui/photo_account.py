@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from training.runs.run_files import ImageChecks
-from webui.cards import escaped
+from webui.render import escaped
 from webui.runs import RunView
 
 

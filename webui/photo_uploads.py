@@ -6,11 +6,14 @@ folder names have the same meaning.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.fewshot.archives import read_zip
@@ -18,12 +21,20 @@ from pipelines.subject.caption_files import Captions, read_captions
 from pipelines.subject.folder_entries import FolderAccount, listed
 from pipelines.subject.folder_names import CLASS_PROMPT, is_system_name, stem_of, suffix_of
 from pipelines.subject.folder_scan import scan_folder
-from webui.datasets import Dataset
-from webui.uploads import ZIP_LIMITS, Added, add_images, display_name
+from webui.datasets import Dataset, DatasetImage
+from webui.uploads import ZIP_LIMITS, Added, add_images, check_quota, display_name, encoded, store
 
 # Files of these kinds are reported with the scan's reason; all others with the upload's.
 NAMED_BY_SCAN = frozenset(
     {"mask", "condition", "caption_without_image", "foreign_caption", "other_caption", "same_caption", "latents_cache"}
+)
+# Of a crop, in pixels, and in shares of the shorter side, since the browser rounds.
+MIN_CROP, CROP_TOLERANCE = 64, 0.01
+# Words and numbers of file names that cameras and programs choose.
+GENERIC = re.compile(
+    r"\d+|[a-z]|img|image|images|dsc[fn]?|dscn|dji|pxl|photo|photos|pic|picture|pasted|screenshot|whatsapp|signal|received|scan|"
+    r"untitled|file|download|copy|crop|edit|edited|final|new|at|am|pm|mvimg|burst|hdr|portrait|wa\d+",
+    re.IGNORECASE,
 )
 TEXT_SUFFIXES = frozenset({".txt", ".caption", ".csv", ".jsonl", ".json"})
 
@@ -80,6 +91,45 @@ def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
         added.extend(_add_zip(dataset, file))
     added.summarise()
     return added
+
+
+def add_crop(dataset: Dataset, file: str, x: float, y: float, side: float) -> str:
+    """Add a square of an image as a new one after it; returns its file.
+
+    Args:
+        x, y: the left upper corner, in units of the shorter side of the image.
+        side: the side of the square, in the same units.
+    Raises: InputError if the image does not exist, or the square is too small or outside of the image.
+    """
+    with dataset.change() as content:
+        group, entry = content.find(file)
+        with Image.open(dataset.folder / file, formats=("JPEG", "PNG")) as opened:
+            image = opened.convert("RGB")
+        short = min(image.size)
+        width, height = image.width / short, image.height / short
+        is_inside = 0 <= x <= width - side + CROP_TOLERANCE and 0 <= y <= height - side + CROP_TOLERANCE
+        if not is_inside or side * short < MIN_CROP:
+            raise InputError(f"The crop must lie in the image and have at least {MIN_CROP} pixels. Choose a larger square.")
+        left, top, extent = round(x * short), round(y * short), round(side * short)
+        crop = encoded(image.crop((left, top, min(left + extent, image.width), min(top + extent, image.height))))
+        check_quota(dataset.folder.parent, 1, len(crop.content))
+        name = PurePosixPath(entry.name)
+        copy = DatasetImage("", f"{name.stem} (crop){name.suffix}", entry.caption, entry.part)
+        added = store(dataset, group, crop, copy, group.images.index(entry) + 1)
+    if entry.caption:
+        dataset.set_caption(added, entry.caption)
+    return added
+
+
+def proposed_caption(prompt: str, name: str) -> str:
+    """A caption for a photo from its file name, such as "a photo of sks duck, on the beach"; empty if the name says nothing.
+
+    Args:
+        prompt: the instance prompt, which the caption would replace.
+    """
+    words = [word for word in re.split(r"[\W_]+", stem_of(name)) if word and not GENERIC.fullmatch(word)]
+    said = [word for word in words if word.lower() not in prompt.lower().split()]
+    return f"{prompt}, {' '.join(words).lower()}" if len(said) > 1 and all(word.isalpha() for word in words) else ""
 
 
 def _add_loose(dataset: Dataset, files: Sequence[Path]) -> Added:

@@ -35,7 +35,7 @@ from pipelines.image_formats import (
     listed,
 )
 from pipelines.images import UNREADABLE, open_image
-from webui.datasets import SET, Dataset, DatasetImage, printable_name
+from webui.datasets import SET, Dataset, DatasetImage, ImageGroup, printable_name
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
@@ -132,7 +132,7 @@ def read_upload(file: Path | DatasetSource, name: str) -> UploadedImage:
         notes = [f"{name}: {note.words} {note.advice}" for note in read.notes if note is not TURNED]
         if read.image.width * read.image.height < size[0] * size[1]:
             notes.append(_downscaled(name, size, read.image.size))
-        return _encoded(read.image, tuple(notes))
+        return encoded(read.image, tuple(notes))
     except DecoderMissingError:
         raise
     except (UnsupportedFormatError, Image.UnidentifiedImageError) as error:
@@ -180,7 +180,8 @@ def _downscaled(name: str, before: tuple[int, int], after: tuple[int, int]) -> s
     return f"{name} has {pixels:.0f} million pixels. It was downscaled to {after[0]:,} x {after[1]:,}, more than training uses."
 
 
-def _encoded(image: Image.Image, notes: tuple[str, ...]) -> UploadedImage:
+def encoded(image: Image.Image, notes: tuple[str, ...] = ()) -> UploadedImage:
+    """The pixels of an image alone, as a file."""
     plain = Image.new("RGB", image.size)
     plain.paste(image)
     stream = io.BytesIO()
@@ -241,14 +242,21 @@ def _add(
                 added.refused.append(str(error))
                 return False
             for name, image in batch:
-                path = dataset.next_path(group, image.suffix)
-                temporary = path.with_name(f".{path.name}")
-                temporary.write_bytes(image.content)
-                os.replace(temporary, path)
-                group.images.append(DatasetImage(path.relative_to(dataset.folder).as_posix(), display_name(name), part=part))
-                added.names.append(group.images[-1].file)
+                entry = DatasetImage("", display_name(name), part=part)
+                added.names.append(store(dataset, group, image, entry, len(group.images)))
                 added.notes += image.notes
     return True
+
+
+def store(dataset: Dataset, group: ImageGroup, image: UploadedImage, entry: DatasetImage, position: int) -> str:
+    """Write an image under the next name of its group; returns the name."""
+    path = dataset.next_path(group, image.suffix)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(image.content)
+    os.replace(temporary, path)
+    entry.file = path.relative_to(dataset.folder).as_posix()
+    group.images.insert(position, entry)
+    return entry.file
 
 
 def _readable(named: Iterable[tuple[str, Path | DatasetSource]], added: Added) -> Iterator[tuple[str, UploadedImage]]:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,16 @@ def check_images(
 
 def _check_all(files: Sequence[tuple[Path, str]], workers: int) -> Iterator[_CheckedImage]:
     if not workers:
-        yield from itertools.starmap(_check_image, files)
+        # Cached until an image changes, since the web app checks a set after each change of it.
+        yield from (_cached_check(path, subject, path.stat().st_mtime_ns if path.exists() else 0) for path, subject in files)
         return
     with ProcessPoolExecutor(workers) as processes:
         yield from processes.map(_check_image, *zip(*files, strict=True))
+
+
+@lru_cache(maxsize=512)
+def _cached_check(path: Path, subject: str, changed: int) -> _CheckedImage:
+    return _check_image(path, subject)
 
 
 def _check_image(path: Path, subject: str) -> _CheckedImage:

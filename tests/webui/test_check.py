@@ -5,7 +5,7 @@ import re
 
 import pytest
 from browsing import go_to, quiet, reload
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 from playwright.sync_api import expect
 from processes import wait_for
 from stand_in_trainer import BEGAN, DRY_RUN, TOTAL, UNTIL
@@ -120,6 +120,62 @@ def test_uploads_have_verdicts_can_be_moved_and_removed_and_survive_a_reload(new
     expect(page.locator("#photos-about")).to_contain_text("Example subject", timeout=PATIENCE)
     page.locator("#photos-own").click()
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
+
+
+PASTE = """async side => {
+  const canvas = document.createElement('canvas'), data = new DataTransfer();
+  canvas.width = canvas.height = side;
+  canvas.getContext('2d').fillRect(side / 4, 0, side / 2, side);
+  const blob = await new Promise(done => canvas.toBlob(done, 'image/png'));
+  data.items.add(new File([blob], 'image.png', {type: 'image/png'}));
+  document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.mark.slow(25)
+def test_photos_are_pasted_captioned_cropped_and_removed_together(new_page, server, uploads, tmp_path, screenshot):
+    page = with_uploads(new_page, server, uploads)
+    examined(page)
+    page.evaluate(PASTE, 300)
+    expect_examined(page, ["front.png", "side.jpg", "dim.png", "back.png", "pasted 1.png"])
+
+    # A zip that cannot be used leaves one message, and no error in the field, which takes the next file.
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04 no zip")
+    page.set_input_files("#photos-upload input[type=file]", tmp_path / "bad.zip")
+    expect(page.locator("#photos-message p")).to_have_count(1, timeout=PATIENCE)
+    expect(page.locator("#photos-message")).to_contain_text("bad.zip")
+    quiet(page)
+    expect(page.locator("#screen-photos .error:visible")).to_have_count(0)
+    Image.effect_noise((8064, 6048), 60).save(tmp_path / "beach duck.jpg", quality=50)
+    page.set_input_files("#photos-upload input[type=file]", tmp_path / "beach duck.jpg")
+    expect(page.locator("#photos-message")).to_contain_text("It was downscaled to 4,032 x 3,024", timeout=PATIENCE)
+    examined(page)
+
+    page.locator(".photo-card", has_text="beach duck.jpg").get_by_role("button", name="Use “").click()
+    caption = page.get_by_label("Caption of beach duck.jpg")
+    expect(caption).to_have_value("a photo of sks, beach duck", timeout=PATIENCE)
+    # The cards are moved under what was typed.
+    page.get_by_label("Move beach duck.jpg one position earlier").click()
+    expect(page.locator(".photo-card .title b").nth(4)).to_have_text("beach duck.jpg", timeout=PATIENCE)
+    expect(caption).to_have_value("a photo of sks, beach duck")
+    expect(page.get_by_label("Caption of pasted 1.png")).to_have_value("")
+    page.get_by_label("Crop side.jpg").click()
+    expect(page.locator(".crop-box")).to_be_focused(timeout=PATIENCE)
+    page.keyboard.press("ArrowLeft")
+    screenshot(page, "photos-crop")
+    page.get_by_role("button", name="Add the crop").click()
+    expect(page.locator(".photo-card .title b").nth(2)).to_have_text("side (crop).jpg", timeout=PATIENCE)
+    expect(page.locator(".crop-box")).to_have_count(0)
+    examined(page)
+    expect(caption).to_have_value("a photo of sks, beach duck")
+
+    page.get_by_label("Select front.png").check()
+    page.get_by_label("Select pasted 1.png").check()
+    page.get_by_role("button", name="Remove selected (2)").click()
+    expect(page.locator(".photo-card")).to_have_count(5, timeout=PATIENCE)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Remove all").click()
+    expect(page.locator("#photos-empty")).to_be_visible(timeout=PATIENCE)
 
 
 @pytest.mark.slow(23)

@@ -9,11 +9,12 @@ from shared_cases import case_folder
 
 from pipelines.subject.captions import find_captioned
 from training.runs.record import RunRecord
-from webui.cards import cards
 from webui.datasets import Dataset
+from webui.draft import Draft
 from webui.photo_account import photo_account
-from webui.photo_uploads import add_photos
+from webui.photo_uploads import add_photos, proposed_caption
 from webui.runs import RunView
+from webui.screens.photos import cards
 from webui.workspace import Workspace
 
 
@@ -56,7 +57,7 @@ def test_captions_uploaded_with_photos_or_later_reach_the_training(dataset, tmp_
         assert add_photos(dataset, files).refused == []
     assert captions(dataset) == {"dog.png": "a sks dog"}
     assert [image.prompt for image in find_captioned(dataset.folder, "else")] == ["a sks dog"]
-    assert "Caption: a sks dog" in cards(dataset, None)
+    assert ">a sks dog</textarea>" in cards(dataset, Draft())
 
 
 def test_photos_keep_their_upload_order_and_names(dataset, tmp_path):
@@ -142,6 +143,22 @@ def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
     report = {"folder": {"folder": "/x", "files": [entry], "notes": [note]}, "long_prompts": [{"summary": "It is cut."}]}
     (tmp_path / "photos.json").write_text(json.dumps(report))
     shown = photo_account(RunView(RunRecord(tmp_path)))
-    assert "Not used: &#x27;&lt;b&gt;.mp4&#x27;. Videos are not read." in shown
+    assert "Not used: &#39;&lt;b&gt;.mp4&#39;. Videos are not read." in shown
     assert "Repeats are ignored." in shown
     assert "It is cut." in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("duck on the beach.jpg", "a photo of sks duck, duck on the beach"),
+        ("red_mug-table_2.PNG", "a photo of sks duck, red mug table"),
+        ("IMG_20260101_120000.jpg", ""),
+        ("WhatsApp Image 2026-01-01 at 12.00.00.jpeg", ""),
+        ("pasted 1.png", ""),
+        ("PXL_20260101_portrait.jpg", ""),
+        ("sks duck.jpg", ""),
+    ],
+)
+def test_a_caption_is_proposed_only_if_the_file_name_says_something(name, caption):
+    assert proposed_caption("a photo of sks duck", name) == caption

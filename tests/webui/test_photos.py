@@ -13,10 +13,12 @@ from training.options import NEW_SCENES, DataOptions, ModelOptions, OutputOption
 from training.options.data import SAMPLE_PROMPT as TRAINERS_PROMPT
 from training.options.data import SAMPLE_SUBJECT
 from webui import draft as drafts
-from webui.cards import cards, escaped, sentences
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft, check_words, merged, without
 from webui.inference_jobs import checked_images, long_prompts_of
+from webui.photo_uploads import add_crop
+from webui.render import escaped
+from webui.screens.photos import cards
 from webui.uploads import add_images
 from webui.workspace import Workspace
 
@@ -209,13 +211,47 @@ def test_a_card_shows_user_input_as_text(workspace, tmp_path):
     hostile = tmp_path / "<img src=x onerror=alert(1)> {{value}} ${1+1} \"'.png"
     (tmp_path / "x.png").rename(hostile)
     add_images(photos, [str(hostile)])
-    markup = cards(photos, None)
+    markup = cards(photos, Draft())
     assert "<img src=x" not in markup
     assert "{{" not in markup
     assert "${" not in markup
     assert escaped(photos.photos()[0].name) in markup
-    assert "<script>" not in sentences(["<script>"])
 
 
 def test_without_photos_the_page_says_what_to_do(workspace):
-    assert "Drop three to ten photos" in cards(Dataset(workspace.new_image_set()), None)
+    assert "Drop three to ten photos" in cards(Dataset(workspace.new_image_set()), Draft())
+
+
+def test_a_square_of_a_photo_becomes_a_new_photo_after_it(photos):
+    first = photos.photos()[0]
+    photos.set_caption(first.file, "sks toy")
+    with Image.open(photos.folder / first.file) as opened:
+        whole = np.asarray(opened)
+    file = add_crop(photos, first.file, 0.25, 0.5, 0.5)
+    assert names(photos)[:2] == ["front.png", "front (crop).png"]
+    short = min(whole.shape[:2])
+    with Image.open(photos.folder / file) as opened:
+        assert (np.asarray(opened) == whole[short // 2 : short, short // 4 : short // 4 + short // 2]).all()
+    assert photos.photos()[1].caption == (photos.folder / file).with_suffix(".txt").read_text() == "sks toy"
+
+
+@pytest.mark.parametrize("square", [(0.6, 0, 0.8), (-0.5, 0, 0.5), (0, 0, 0.01), (0, 0, float("nan")), (float("inf"), 0, 0.5)])
+def test_a_square_outside_of_the_photo_or_too_small_is_refused(photos, square):
+    with pytest.raises(InputError, match="must lie in the image and have at least 64 pixels"):
+        add_crop(photos, photos.photos()[0].file, *square)
+    assert len(photos.photos()) == 3
+
+
+def test_a_photo_unlike_the_others_is_reported_and_photos_of_one_subject_are_not(workspace, tmp_path):
+    images = [*sample_images(), Image.effect_mandelbrot((256, 256), (-2, -1.5, 1, 1.5), 100)]
+    files = []
+    for index, image in enumerate(images):
+        files.append(tmp_path / f"{index}.png")
+        image.save(files[-1])
+    dataset = Dataset(workspace.new_image_set())
+    add_images(dataset, files[:-1])
+    assert not any("unlike" in sentence for one in checked_images(dataset).images.values() for sentence in one.sentences)
+    add_images(dataset, files[-1:])
+    verdicts = checked_images(dataset).images
+    unlike = [file for file, one in verdicts.items() if any("looks unlike the other images" in words for words in one.sentences)]
+    assert unlike == [dataset.photos()[-1].file]

@@ -13,11 +13,11 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from webui import costs, panel, presets, subject_runs
-from webui.cards import escaped
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
 from webui.draft import SCENES, TRIGGER, Draft
 from webui.inference_worker import WORKER
+from webui.render import escaped
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0

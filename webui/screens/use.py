@@ -18,11 +18,11 @@ from pipelines.prompt_syntax import page_warnings
 from pipelines.subject.generation_request import GenerationRequest
 from webui import uploads
 from webui.cancellation import CANCELLATIONS
-from webui.cards import escaped
 from webui.context import QUIET, AppContext, show_errors
 from webui.gallery import bar_of, details_of, gallery_of
 from webui.generation import FILE, GeneratedImages, others, reference_of, reference_of_file, request_for, settings_of, steps_of
 from webui.inference_worker import WORKER
+from webui.render import escaped
 from webui.runs import RunView
 from webui.screens import use_files
 from webui.screens.train import view_of
