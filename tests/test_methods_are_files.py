@@ -17,7 +17,7 @@ OTHER_MEANINGS = {
     ("training/options/fewshot.py", "lora"): "a form of export: a file of plain LoRA",
     ("training/fewshot_nora.py", "lora"): "the same, and its folder",
     ("training/fewshot/trials.py", "lora"): "the same, whose error is said before the training",
-    ("webui/class_files.py", "lora"): "the same, offered for download",
+    ("webui/classifiers.py", "lora"): "the same, offered for download",
     ("pipelines/prompt_syntax.py", "lora"): "A1111's <lora:name:1> in a prompt",
     ("training/subject/model_card.py", "lora"): "the hub's tag for files of LoRA",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
@@ -11,7 +10,7 @@ from pipelines.fewshot.metric_values import Interval
 from pipelines.methods import DEFAULT
 from training.runs.fewshot_files import FewShotReport, MethodSummary
 from training.runs.run_files import Suggestion
-from webui import class_html
+from webui.classifiers import method_name
 from webui.curves import Point
 from webui.runs import RunView
 
@@ -32,11 +31,6 @@ def method_of(view: RunView) -> str:
         return method_name(view.chosen("adapter", "method") or DEFAULT)
     methods = view.chosen("method", "method")
     return ", ".join(map(method_name, methods)) if isinstance(methods, list) else ""
-
-
-def method_name(method: object) -> str:
-    """The display name of a method without its description."""
-    return re.split("[:,(]", class_html.method_title(str(method)))[0].strip().removesuffix(" adapter")
 
 
 def _of_subject(view: RunView) -> list[tuple[str, str]]:

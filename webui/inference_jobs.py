@@ -50,7 +50,7 @@ from training.subject.preview import CropPreview, crop_previews, truncated_promp
 from webui.datasets import Dataset, num_test_images
 from webui.generation import LAYOUTS, GeneratedImages, Layout, find_adapter, last_step, reference_of
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
-from webui.labelled_datasets import EXAMPLE, LabelledClass, LabelledClasses
+from webui.labelled_datasets import LabelledClass, LabelledClasses
 from webui.runs import read_cached
 from webui.uploads import display_name, read_upload
 from webui.workspace import Workspace
@@ -207,9 +207,9 @@ def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
     return truncated_prompts(options, [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption])
 
 
-def example_classes() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    """The classes of scikit-learn's handwritten digits, and sentences on how they were read."""
-    return _classes(sample_set())
+def example_classes(path: Path | None) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    """The classes of a bundled zip, or of scikit-learn's handwritten digits for None, and sentences on how they were read."""
+    return _classes(sample_set() if path is None else load_images(path))
 
 
 def folder_classes(path: Path, names: Mapping[str, str]) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
@@ -257,7 +257,7 @@ def zero_shot(classes: LabelledClasses) -> ZeroShotAccuracy:
     with_images = [one for one in classes.classes if one.images]
     if len(with_images) < 2:
         raise InputError("Zero-shot accuracy needs at least two classes with images. Add images to another class.")
-    template = "digits" if classes.id == EXAMPLE else "photo"
+    template = "digits" if classes.data_dir is None else "photo"
     each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(with_images))
     chosen = [one.images[:: max(1, len(one.images) // each)][:each] for one in with_images]
     predicted = iter(FEATURES.zero_shot(list(chain(*chosen)), [one.name for one in with_images], template))

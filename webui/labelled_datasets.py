@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.record import RunRecord
@@ -17,7 +18,11 @@ from webui.datasets import CLASS_GONE, SET, Dataset, DatasetContent
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
-EXAMPLE = "example"
+# The bundled datasets: their titles and the zips that they are read from; scikit-learn's digits need none.
+EXAMPLES: dict[str, tuple[str, Path | None]] = {
+    "shapes": ("Example: coloured shapes", ASSETS / "sample-classes" / "coloured-shapes.zip"),
+    "digits": ("Example: handwritten digits", None),
+}
 # A class needs at least one image each for training, validation and test; with fewer than FEW the accuracy is a rough estimate.
 # UNEVEN is a ratio of class sizes.
 FEWEST, FEW, UNEVEN = 3, 10, 5
@@ -45,9 +50,9 @@ class LabelledClasses:
     """The classes of a dataset, which may be too small for training.
 
     Args:
-        id: `EXAMPLE`, or the id of the dataset.
+        id: a key of `EXAMPLES`, or the id of the dataset.
         kind: the bundled example, the user's upload ("own"), or a local folder.
-        data_dir: the folder that the recipe reads; None for the example.
+        data_dir: the folder or zip that the recipe reads; None for the digits.
         classes: in their order.
         notes: sentences on how a folder was read and which files are not used.
     """
@@ -133,8 +138,8 @@ def class_datasets(workspace: Workspace) -> list[str]:
 
 def title(workspace: Workspace, set_id: str) -> str:
     """The display name of a dataset with classes."""
-    if set_id == EXAMPLE:
-        return "Example: handwritten digits"
+    if set_id in EXAMPLES:
+        return EXAMPLES[set_id][0]
     content = Dataset.of(workspace, set_id).content()
     if content.local_folder is not None:
         return f"Folder {content.local_folder.name}"
@@ -145,8 +150,8 @@ def title(workspace: Workspace, set_id: str) -> str:
 
 def find_classes(workspace: Workspace, set_id: str) -> LabelledClasses:
     """The classes of a dataset. Raises: InputError if it, or the local folder that it refers to, is gone or cannot be used."""
-    if set_id == EXAMPLE:
-        return LabelledClasses(EXAMPLE, "example", None, *_example())
+    if set_id in EXAMPLES:
+        return LabelledClasses(set_id, "example", EXAMPLES[set_id][1], *_example(set_id))
     dataset = Dataset.of(workspace, set_id)
     content = dataset.content()
     if content.local_folder is None:
@@ -155,9 +160,9 @@ def find_classes(workspace: Workspace, set_id: str) -> LabelledClasses:
     return read_local_folder(set_id, content)
 
 
-@lru_cache(maxsize=1)
-def _example() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    return WORKER.call("example_classes")
+@lru_cache(maxsize=len(EXAMPLES))
+def _example(name: str) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    return WORKER.call("example_classes", EXAMPLES[name][1])
 
 
 def uploaded_classes(dataset: Dataset) -> LabelledClasses:
@@ -189,7 +194,7 @@ def point_to(workspace: Workspace, path: str) -> str:
     folder = Path(path.strip()).expanduser().absolute()
     if not path.strip() or not folder.is_dir():
         raise InputError(f"There is no folder {path.strip()!r} on this machine. Enter the path of a folder of class folders.")
-    read_local_folder(EXAMPLE, DatasetContent(local_folder=folder))
+    read_local_folder("", DatasetContent(local_folder=folder))
     dataset = Dataset(workspace.new_image_set())
     with dataset.change() as content:
         content.local_folder = folder
@@ -209,8 +214,9 @@ def rename_class(dataset: Dataset, key: str, name: str) -> None:
 def dataset_of_run(workspace: Workspace, record: RunRecord) -> str | None:
     """The id of the classes that a run was trained on; None if they are outside of the workspace, or gone."""
     given = record.options().get("data", {}).get("data_dir")
-    if given is None:
-        return EXAMPLE
+    for name, (_, path) in EXAMPLES.items():
+        if given == (None if path is None else str(path)):
+            return name
     path = Path(given)
     if path.parent == workspace.sets.absolute():
         return path.name if (path / SET).is_file() else None

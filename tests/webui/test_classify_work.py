@@ -9,10 +9,10 @@ from pipelines.errors import InputError
 from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.inputs import GivenImageSet
 from pipelines.fewshot.prompts import make_prompts
-from webui import class_runs
 from webui import inference_jobs as work
 from webui.datasets import Dataset
 from webui.labelled_datasets import class_datasets, uploaded_classes
+from webui.screens import classify_use
 from webui.workspace import Workspace
 
 NAMES = {name: name for name in COLOURS}
@@ -126,7 +126,7 @@ def test_corrected_images_become_training_images_of_the_uploaded_dataset(workspa
     tested = images_of(dataset, "test")
     new = tmp_path / "new.png"
     new.write_bytes(coloured("sea", 99))
-    assert class_runs.train_again(workspace, record, {"sea": [new]}) == (dataset.id, "new-run")
+    assert classify_use.train_again(workspace, record, {"sea": [new]}) == (dataset.id, "new-run")
     (((task, options)),) = started
     assert task == "classify"
     assert options["data"] == {
@@ -142,7 +142,7 @@ def test_corrected_images_become_training_images_of_the_uploaded_dataset(workspa
 def test_correcting_a_run_on_a_local_folder_copies_it_with_the_same_test_split(workspace, record, started, images, tmp_path):
     new = tmp_path / "new.png"
     new.write_bytes(coloured("ruby", 99))
-    set_id, _ = class_runs.train_again(workspace, record, {"ruby": [new]})
+    set_id, _ = classify_use.train_again(workspace, record, {"ruby": [new]})
     dataset = Dataset.of(workspace, set_id)
     assert [len(one.images) for one in dataset.content().classes] == [9, 8, 8]
     assert (len(images_of(dataset, "test")), len(images_of(dataset, "train"))) == (24, 1)
@@ -151,7 +151,7 @@ def test_correcting_a_run_on_a_local_folder_copies_it_with_the_same_test_split(w
 
 def test_no_run_starts_without_a_correction(workspace, record, started):
     with pytest.raises(InputError, match="No image was corrected"):
-        class_runs.train_again(workspace, record, {"ruby": []})
+        classify_use.train_again(workspace, record, {"ruby": []})
     assert started == []
 
 
@@ -160,6 +160,6 @@ def test_no_run_starts_if_the_images_are_gone(workspace, record, started, images
     new.write_bytes(coloured("ruby", 99))
     (images / "sea" / "3.png").unlink()
     with pytest.raises(InputError, match="are gone"):
-        class_runs.train_again(workspace, record, {"ruby": [new]})
+        classify_use.train_again(workspace, record, {"ruby": [new]})
     assert started == []
     assert class_datasets(workspace) == []

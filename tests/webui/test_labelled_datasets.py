@@ -9,14 +9,14 @@ import pytest
 from class_folders import COLOURS, colour_folder, colour_set, coloured, images_of
 
 from pipelines.errors import InputError
-from pipelines.fewshot.loading import load_folder
+from pipelines.fewshot.loading import load_folder, load_images
 from pipelines.fewshot.shots import sample_split
 from webui import class_presets, class_runs, panel
 from webui.class_presets import CLASSIFY
 from webui.datasets import Dataset
 from webui.draft import merged
 from webui.labelled_datasets import (
-    EXAMPLE,
+    EXAMPLES,
     class_datasets,
     dataset_of_run,
     find_classes,
@@ -26,9 +26,12 @@ from webui.labelled_datasets import (
     uploaded_classes,
 )
 from webui.presets import preset_named
-from webui.screens import class_images
+from webui.screens import classify_images
 from webui.uploads import add_images, add_zip
 from webui.workspace import Workspace
+
+# In the order of the folders.
+SHAPES = ("heart", "ring", "star")
 
 
 @pytest.fixture
@@ -162,8 +165,15 @@ def test_a_missing_folder_is_refused(workspace, path):
         point_to(workspace, path)
 
 
-def test_the_example_is_a_set_of_ten_digits(workspace):
-    found = find_classes(workspace, EXAMPLE)
+def test_the_first_example_is_coloured_shapes_that_the_recipe_reads_from_their_zip(workspace):
+    found = find_classes(workspace, "shapes")
+    assert [one.name for one in found.classes] == [f"{colour} {shape}" for colour in ("blue", "green", "red") for shape in SHAPES]
+    assert (found.count, found.is_ready, next(iter(EXAMPLES))) == (360, True, "shapes")
+    assert load_images(found.data_options()["data_dir"]).classes == tuple(one.name for one in found.classes)
+
+
+def test_the_other_example_is_a_set_of_ten_digits(workspace):
+    found = find_classes(workspace, "digits")
     assert [(one.key, one.name) for one in found.classes] == [(str(digit), str(digit)) for digit in range(10)]
     assert found.count == 1797
     assert found.data_options() == {}
@@ -189,7 +199,7 @@ def test_shots_set_by_the_user_are_not_changed(dataset, workspace):
 
 def test_steps_are_limited_for_large_classes(workspace):
     best = preset_named(CLASSIFY, "Best").options()
-    found = class_presets.completed(find_classes(workspace, EXAMPLE), best, {})
+    found = class_presets.completed(find_classes(workspace, "digits"), best, {})
     fewest = 174 - round(0.3 * 174)
     assert found["optimisation"]["iterations_per_shot"] == class_presets.MOST_STEPS // fewest
 
@@ -207,7 +217,8 @@ def test_the_recipe_accepts_every_preset(name, dataset, workspace):
 def test_the_dataset_of_a_run_is_found_again(dataset, workspace, tmp_path):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
-    for data_dir, expected in ((str(dataset.folder.absolute()), dataset.id), (None, EXAMPLE), (str(tmp_path), None)):
+    own, zipped = str(dataset.folder.absolute()), str(EXAMPLES["shapes"][1])
+    for data_dir, expected in ((own, dataset.id), (None, "digits"), (zipped, "shapes"), (str(tmp_path), None)):
         (run / "options.json").write_text(json.dumps({"data": {"data_dir": data_dir}}))
         assert dataset_of_run(workspace, workspace.run(run.name)) == expected
 
@@ -275,7 +286,7 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     )
     assert tested == expected
     assert {names[file] for file in images_of(dataset, "test")} == expected
-    assert "Split by " in class_images._upload_summary(added)
+    assert "Split by " in classify_images.upload_summary(added)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +308,10 @@ def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(work
     colour_folder(mine / "Test", 2, ("ruby", "leaf"))
     (mine / "Train" / "sea" / "<b>.txt").touch()
     found = find_classes(workspace, point_to(workspace, str(mine)))
-    shown = class_images._summary(found, None)
-    assert "Split by folders: &#x27;Train&#x27; is train (12 images)" in shown
-    assert "1 file with the suffix .txt is not used: 1 in class &#x27;sea&#x27;." in shown
-    assert "no test images, so their accuracy is unknown: &#x27;sea&#x27;." in shown
+    shown = classify_images.summary(found, None)
+    assert "Split by folders: &#39;Train&#39; is train (12 images)" in shown
+    assert "1 file with the suffix .txt is not used: 1 in class &#39;sea&#39;." in shown
+    assert "no test images, so their accuracy is unknown: &#39;sea&#39;." in shown
     assert {one.key: one.learnable for one in found.classes} == {"ruby": 4, "leaf": 4, "sea": 4}
 
 

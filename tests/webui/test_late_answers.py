@@ -59,13 +59,6 @@ def test_a_confirmation_is_hidden_only_when_another_run_is_selected(page):
 def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspace, tmp_path):
     only = next(iter(COLOURS))
     dataset = colour_set(workspace, tmp_path / "given", names=[only])
-    summary, cards = listener(page, "class_images", "measure")({"set": dataset.id}, None)
+    summary, cards = listener(page, "classify_images", "measure")({"set": dataset.id}, None)
     assert "1 class, 6 images" in summary
     assert only in cards
-
-
-def test_the_progress_of_a_classifier_is_asked_for_again_after_an_answer_that_was_lost(page):
-    """With "once" or "always_last" the browser would wait for the lost answer."""
-    (head,) = [block for block in page.blocks.values() if block.elem_id == "classify-head"]
-    (refresh,) = [function for function in page.fns.values() if head in function.outputs]
-    assert refresh.trigger_mode == "multiple"

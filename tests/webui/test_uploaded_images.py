@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, features
 from pipelines import image_formats
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.image_formats import UPLOAD_FORMATS, listed
-from webui import class_files, render, uploads
+from webui import classifiers, render, uploads
 from webui.datasets import Dataset
 from webui.workspace import Workspace
 
@@ -167,5 +167,5 @@ def test_a_name_that_is_not_valid_utf_8_can_be_displayed_and_written(tmp_path, d
         pytest.skip("This file system takes no name that is not UTF-8.")
     assert uploads.add_images(dataset, [path]).names == ["0001.png"]
     assert uploads.display_name(path) == "mug.png"
-    table = class_files.write_table(tmp_path / "a.csv", [[path.name, "mug"]])
+    table = classifiers.write_table([[path.name, "mug"]], tmp_path / "a.csv")
     assert r"\udcffmug.png,mug" in table.read_text(encoding="utf-8")

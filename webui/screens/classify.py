@@ -1,4 +1,4 @@
-"""The screen Classify: train and inspect few-shot image classifiers, in four parts."""
+"""The screen Classify, in four parts: images, training, result and use. Trainings are followed on the screen Train."""
 
 from __future__ import annotations
 
@@ -7,65 +7,65 @@ from typing import Any
 
 import gradio as gr
 
-from webui import class_runs
-from webui.class_runs import ClassifyContext
+from pipelines.errors import InputError
+from webui import class_presets, class_runs, panel
+from webui.classifiers import classifier_views
 from webui.context import QUIET, AppContext, followed, show_errors
+from webui.labelled_datasets import LabelledClasses, find_classes, title
+from webui.presets import preset_named
+from webui.render import parts
 from webui.runs import RunView
-from webui.screens import class_images, class_new, class_result, class_train
+from webui.screens import classify_images, classify_result, classify_use
+from webui.screens.classify_result import shown
+from webui.workspace import Workspace
 
-PARTS = {
-    "pictures": ("1 Images", class_images),
-    "train": ("2 Train", class_train),
-    "result": ("3 Result", class_result),
-    "new": ("4 Use", class_new),
-}
+INTRO = "Train an image classifier for your own classes from a few images of each."
 
 
 def build(app: AppContext) -> None:
     """Put the screen into the open tab."""
-    intro = gr.HTML("<p>Train an image classifier for your own classes from a few images of each.</p>")
+    gr.HTML(parts.note(INTRO))
     run = gr.Dropdown(
-        label="Classifier",
-        info="Train, Result and Use show this classifier.",
-        visible=False,
-        interactive=True,
-        elem_id="classify-run",
+        label="Classifier", info="Result and Use show this classifier.", visible=False, interactive=True, elem_id="classify-run"
     )
     # Outside of the tabs, which count every component inside them.
-    known_runs, refresh_trigger, draft_changed = gr.State([]), gr.State(0.0), followed(app.class_draft)
+    opened, draft_changed = gr.State(0.0), followed(app.class_draft)
     with gr.Tabs(elem_id="classify-steps") as steps:
-        context = ClassifyContext(app, intro.parent, steps, run, app.class_draft, draft_changed, known_runs, refresh_trigger)
-        for name, (title, part) in PARTS.items():
-            with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
-                part.build(context)
-    _wire(context)
+        with gr.Tab("1 Images", id="pictures", elem_id="classify-part-pictures"):
+            classify_images.build(app, steps.parent, steps)
+        with gr.Tab("2 Train", id="train", elem_id="classify-part-train"):
+            _build_train(app, draft_changed, opened)
+        with gr.Tab("3 Result", id="result", elem_id="classify-part-result"):
+            classify_result.build(app, run, opened)
+        with gr.Tab("4 Use", id="new", elem_id="classify-part-new"):
+            classify_use.build(app, steps, run, opened)
+    _follow(app, steps, run, opened)
 
 
-def _wire(context: ClassifyContext) -> None:
-    """Keep the list of classifiers up to date, and follow the run that is selected on other screens."""
-    app, settings = context.app, context.app.settings
+def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
+    """Keep the list of classifiers up to date, and show the classifier that is selected on other screens."""
+    tab, settings = steps.parent, app.settings
+    known, followed_run = gr.State([]), gr.State(None)
+
+    @show_errors
+    def renew(elsewhere: str | None, chosen: str | None, before: str | None, request: gr.Request) -> list[Any]:
+        runs = classifier_views(settings.workspace(request))
+        is_new = elsewhere != before and elsewhere in [view.id for view in runs]
+        updated = _listed(runs, elsewhere if is_new else chosen)
+        is_done = is_new and next(view for view in runs if view.id == elsewhere).state == "done"
+        return [updated, gr.Tabs(selected="result") if is_done else gr.skip(), elsewhere]
 
     @show_errors
     def keep(before: list[str], request: gr.Request) -> Any:
-        now = [view.title for view in class_runs.classifiers(settings.workspace(request))]
+        now = [view.title for view in classifier_views(settings.workspace(request))]
         return gr.skip() if now == before else now
 
-    @show_errors
-    def renew(chosen: str | None, request: gr.Request) -> gr.Dropdown:
-        return _listed(class_runs.classifiers(settings.workspace(request)), chosen)
-
-    @show_errors
-    def follow(elsewhere: str | None, chosen: str | None, request: gr.Request) -> gr.Dropdown:
-        runs = class_runs.classifiers(settings.workspace(request))
-        return _listed(runs, elsewhere if elsewhere in [view.id for view in runs] else chosen)
-
-    for begun in (app.page.load, app.picked.change):
-        begun(follow, [app.run, context.run], [context.run], **QUIET)
+    given, outputs = [app.run, run, followed_run], [run, steps, followed_run]
+    gr.on([app.page.load, tab.select, known.change], renew, given, outputs, **QUIET)
     # The dropdown is not an output of the timer event, because Gradio counts every output as a change.
-    app.refresh_triggers["classify"].change(keep, [context.classifiers], [context.classifiers], **QUIET)
-    context.classifiers.change(renew, [context.run], [context.run], **QUIET)
-    opened = [context.tab.select, context.steps.select, context.run.change, context.classifiers.change]
-    gr.on(opened, time.time, None, context.refresh_trigger, trigger_mode="always_last", **QUIET)
+    app.refresh_triggers["classify"].change(keep, [known], [known], **QUIET)
+    events = [tab.select, steps.select, run.change, known.change]
+    gr.on(events, time.time, None, opened, trigger_mode="always_last", **QUIET)
 
 
 def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
@@ -73,3 +73,51 @@ def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
     ids = [view.id for view in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
     return gr.Dropdown([(view.title, view.id) for view in runs], value=value, visible=bool(ids))
+
+
+def _build_train(app: AppContext, draft_changed: gr.State, opened: gr.State) -> None:
+    """Put the part with the training settings into the open tab."""
+    draft, settings = app.class_draft, app.settings
+    source = class_runs.source(app, draft_changed)
+    about = gr.HTML(elem_id="classify-about")
+    choices = [(f"{preset.name}: {preset.duration}", preset.name) for preset in class_presets.CLASSIFY]
+    preset = gr.Radio(choices, value=class_presets.DEFAULT, label="Preset", elem_id="classify-preset")
+    why = gr.HTML(elem_id="classify-why")
+    panel.build(source)
+    with gr.Accordion("The command", open=False, elem_id="classify-command-shown"):
+        gr.HTML(parts.note("Train runs exactly this command. You can also run it in a terminal."))
+        named = {"interactive": False, "wrap_lines": True, "lines": 1, "show_label": False, "show_line_numbers": False}
+        command = gr.Code(elem_id="classify-command", **named)
+    start = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
+
+    @show_errors
+    def describe(active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The dataset, preset and command of the next run; skipped unless the tab is open, because it loads the option checks."""
+        if active_tab != "classify":
+            return (gr.skip(),) * 4
+        workspace = settings.workspace(request)
+        chosen = preset_named(class_presets.CLASSIFY, str(stored.get("preset")))
+        try:
+            told, words = _about(workspace, stored), class_runs.command(source, workspace, stored)
+        except InputError as error:
+            told, words = parts.warning(str(error)), f"# {' '.join(str(error).split())}"
+        return told, chosen.name, shown.reasons(chosen.purpose, [value.reason for value in chosen.values]), words
+
+    @show_errors
+    def begin(stored: dict[str, Any], request: gr.Request) -> list[Any]:
+        workspace = settings.workspace(request)
+        stored, run_id = class_runs.start(source, workspace, stored)
+        return [stored, *app.show(workspace, run_id, "train")]
+
+    for moved in (app.active_tab.change, opened.change, draft_changed.change):
+        moved(describe, [app.active_tab, draft], [about, preset, why, command], **QUIET)
+    preset.input(lambda name, stored: {**stored, "preset": name}, [preset, draft], [draft], **QUIET)
+    start.click(begin, [draft], [draft, *app.outputs], api_visibility="private", concurrency_limit=1)
+
+
+def _about(workspace: Workspace, draft: dict[str, Any]) -> str:
+    """The dataset of the next run and its number of test images."""
+    classes: LabelledClasses = find_classes(workspace, class_runs.set_of(workspace, draft))
+    held_out = classes.count - sum(one.learnable for one in classes.classes)
+    warned = [] if classes.is_ready else classes.warnings()[:1]
+    return shown.about(title(workspace, classes.id), held_out, classes.count, warned)

@@ -15,7 +15,7 @@ from pipelines.optimizers import OPTIMIZERS
 from training.options.command_line import groups_of
 from training.options.fewshot import BASELINES
 from training.options.optimisation import SCHEDULES
-from webui.class_html import BASELINES as BASELINE_TITLES
+from webui.classifiers import method_name
 from webui.draft import SET_BY_THE_PAGE
 from webui.work.options import MACHINE_FIELDS, NEVER, Task, default_of, fields_of, kind_of
 
@@ -218,7 +218,7 @@ def _written(value: Any) -> str:
 
 def method_label(name: str) -> str:
     """The name of an adapter method or of a baseline for people."""
-    return title_of(name) if name in method_names() else BASELINE_TITLES[name].partition(":")[0]
+    return method_name(name)
 
 
 def method_summary(name: str) -> str:
