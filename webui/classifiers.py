@@ -38,7 +38,7 @@ BASELINES = {
     "gda": ("GDA", "Gaussian discriminant analysis"),
 }
 # Raw pixels with this accuracy mean that the images of a class are alike.
-ALIKE = 0.7
+ACCURATE_PIXELS = 0.7
 # A wider 95% interval makes the accuracy a rough estimate; from MANY methods on, the best of them was lucky, too.
 ROUGH, MANY = 0.2, 5
 RUNNERS_UP = 3
@@ -203,17 +203,21 @@ def headline(result: Result) -> tuple[str, str, str]:
 def findings(result: Result) -> list[tuple[bool, str]]:
     """What the accuracies mean and what to do, as pairs of whether it is a warning, and a sentence."""
     trial, best, count = result.trial, result.best, len(list(result.same_split()))
-    found = [(True, _choose(trial, best))] if best.test.top1.value > trial.test.top1.value else []
-    found += [*_on_the_model(result), *_on_the_probe(result), *_on_pixels(result)]
+    sentences = [(True, _choose(trial, best))] if best.test.top1.value > trial.test.top1.value else []
+    sentences += [*_on_the_model(result), *_on_the_probe(result), *_on_pixels(result)]
     if trial.scale_reason:
-        found.append((True, f"The adapter's scale was lowered because training reduced the accuracy. {trial.scale_reason}"))
+        sentences.append((True, f"The adapter's scale was lowered because training reduced the accuracy. {trial.scale_reason}"))
     if untested := result.untested():
-        found.append((True, f"No test images for {', '.join(untested)}, so the accuracy says nothing about it."))
+        sentences.append((True, f"No test images for {', '.join(untested)}, so the accuracy says nothing about it."))
     if trial.test.top1.high - trial.test.top1.low > ROUGH:
-        found.append((False, f"{trial.test.count} test images allow only a rough estimate. Add images for a narrower interval."))
+        sentences.append(
+            (False, f"{trial.test.count} test images allow only a rough estimate. Add images for a narrower interval.")
+        )
     if count >= MANY:
-        found.append((False, f"The best of {count} methods is chosen on the test images, so expect slightly less on new images."))
-    return found
+        sentences.append(
+            (False, f"The best of {count} methods is chosen on the test images, so expect slightly less on new images.")
+        )
+    return sentences
 
 
 def _choose(trial: TrialResult, best: TrialResult) -> str:
@@ -273,7 +277,7 @@ def _on_pixels(result: Result) -> list[tuple[bool, str]]:
     if best.test.top1.low <= result.chance or is_clearly_better(best, pixels):
         return []
     figures = f"{share(pixels.test.top1.value)} without any model, {share(best.test.top1.value)} with {method_name(best.method)}"
-    if pixels.test.top1.value < ALIKE:
+    if pixels.test.top1.value < ACCURATE_PIXELS:
         return [(True, f"The model adds little: {figures}. Both are low, so the classes are hard to tell apart.")]
     text = (
         f"The images within a class are so alike that this test cannot show whether the model helps: {figures}. Do not expect "

@@ -57,7 +57,7 @@ def made_up(record):
     return make
 
 
-def told(result):
+def sentences_of(result):
     return " ".join(sentence for _, sentence in classifiers.findings(replace(result, trial=no_counts(result))))
 
 
@@ -78,9 +78,11 @@ def test_the_headline_names_the_best_method_with_its_interval_and_the_others_bes
 
 def test_another_method_than_the_best_says_which_is_better_and_how_clearly(made_up):
     accuracies = {"zeroshot": 0.5, "pixels": 0.2, "linear_probe": 0.9, "nora": 0.88}
-    assert "Linear probe is slightly better on these images (90%). Choose it above." in told(made_up(shown="nora", **accuracies))
-    assert "Linear probe is clearly better" in told(made_up(shown="zeroshot", **accuracies))
-    assert "Choose it above" not in told(made_up(**accuracies))
+    assert "Linear probe is slightly better on these images (90%). Choose it above." in sentences_of(
+        made_up(shown="nora", **accuracies)
+    )
+    assert "Linear probe is clearly better" in sentences_of(made_up(shown="zeroshot", **accuracies))
+    assert "Choose it above" not in sentences_of(made_up(**accuracies))
 
 
 @pytest.mark.parametrize(
@@ -96,42 +98,42 @@ def test_another_method_than_the_best_says_which_is_better_and_how_clearly(made_
     ],
 )
 def test_whether_the_model_knows_the_classes_and_training_helps_follows_from_the_accuracies(made_up, accuracies, sentence):
-    assert sentence in told(made_up(**accuracies))
+    assert sentence in sentences_of(made_up(**accuracies))
     others = {"does not know", "No method is better", "Training helps", "within the uncertainty", "did not improve"}
-    assert sum(each in told(made_up(**accuracies)) for each in others) <= 1
+    assert sum(each in sentences_of(made_up(**accuracies)) for each in others) <= 1
 
 
 def test_a_larger_model_is_advised_only_where_the_built_in_one_knows_too_little(made_up):
-    assert "ViT-B-16" in told(made_up(zeroshot=0.1, nora=0.28))
-    assert "ViT-B-16" not in told(made_up(zeroshot=0.1, nora=0.28, model="ViT-B-16"))
-    assert "ViT-B-16" not in told(made_up(zeroshot=0.8, nora=0.95))
+    assert "ViT-B-16" in sentences_of(made_up(zeroshot=0.1, nora=0.28))
+    assert "ViT-B-16" not in sentences_of(made_up(zeroshot=0.1, nora=0.28, model="ViT-B-16"))
+    assert "ViT-B-16" not in sentences_of(made_up(zeroshot=0.8, nora=0.95))
 
 
 def test_a_linear_probe_above_every_adapter_is_said_and_not_explained_by_alike_images(made_up):
-    low = told(made_up(zeroshot=0.1, pixels=0.3, linear_probe=0.38, nora=0.2, lora=0.28))
+    low = sentences_of(made_up(zeroshot=0.1, pixels=0.3, linear_probe=0.38, nora=0.2, lora=0.28))
     assert "The linear probe is slightly better than the best adapter, LoRA (38% and 28%)" in low
     assert "alike" not in low
     assert "The model adds little: 30% without any model, 38% with Linear probe. Both are low" in low
-    assert "The linear probe is clearly better" in told(made_up(zeroshot=0.1, pixels=0.1, linear_probe=0.6, nora=0.28))
+    assert "The linear probe is clearly better" in sentences_of(made_up(zeroshot=0.1, pixels=0.1, linear_probe=0.6, nora=0.28))
     for nora in (0.38, 0.5):
-        assert "linear probe is" not in told(made_up(zeroshot=0.1, pixels=0.1, linear_probe=0.38, nora=nora))
+        assert "linear probe is" not in sentences_of(made_up(zeroshot=0.1, pixels=0.1, linear_probe=0.38, nora=nora))
 
 
 def test_alike_images_are_the_explanation_only_where_raw_pixels_are_accurate(made_up):
-    assert "so alike" in told(made_up(zeroshot=0.9, pixels=0.92, nora=0.93))
-    assert "so alike" in told(made_up(zeroshot=0.9, pixels=0.97, nora=0.93))
-    assert "so alike" not in told(made_up(zeroshot=0.8, pixels=0.75, nora=0.99))
-    assert "adds little" not in told(made_up(zeroshot=0.8, pixels=0.2, nora=0.99))
-    assert "control was not run" in told(made_up(zeroshot=0.9, nora=0.93))
+    assert "so alike" in sentences_of(made_up(zeroshot=0.9, pixels=0.92, nora=0.93))
+    assert "so alike" in sentences_of(made_up(zeroshot=0.9, pixels=0.97, nora=0.93))
+    assert "so alike" not in sentences_of(made_up(zeroshot=0.8, pixels=0.75, nora=0.99))
+    assert "adds little" not in sentences_of(made_up(zeroshot=0.8, pixels=0.2, nora=0.99))
+    assert "control was not run" in sentences_of(made_up(zeroshot=0.9, nora=0.93))
 
 
 def test_few_test_images_and_many_methods_limit_what_the_accuracy_says(made_up):
-    few = told(made_up(count=20, zeroshot=0.5, pixels=0.1, nora=0.75))
+    few = sentences_of(made_up(count=20, zeroshot=0.5, pixels=0.1, nora=0.75))
     assert "20 test images allow only a rough estimate" in few
     many = dict.fromkeys(("zeroshot", "pixels", "linear_probe", "lora", "nora"), 0.9)
-    assert "The best of 5 methods is chosen on the test images" in told(made_up(**many))
-    assert "rough estimate" not in told(made_up(**many))
-    assert "chosen on the test images" not in told(made_up(zeroshot=0.9, nora=0.9))
+    assert "The best of 5 methods is chosen on the test images" in sentences_of(made_up(**many))
+    assert "rough estimate" not in sentences_of(made_up(**many))
+    assert "chosen on the test images" not in sentences_of(made_up(zeroshot=0.9, nora=0.9))
 
 
 def test_methods_are_sorted_by_accuracy_and_the_best_is_marked(made_up):
@@ -234,9 +236,9 @@ def test_only_existing_files_can_be_downloaded(record):
     own.mkdir(parents=True)
     (own / "adapter_config.json").write_text("{}")
     (record.path / "README.md").write_text("card")
-    found = classifiers.downloads(result_of(record, nora))
-    assert set(found) == {classifiers.TABLE, classifiers.COMPACT, classifiers.CARD}
-    (name,) = zipfile.ZipFile(found[classifiers.COMPACT]).namelist()
+    files = classifiers.downloads(result_of(record, nora))
+    assert set(files) == {classifiers.TABLE, classifiers.COMPACT, classifiers.CARD}
+    (name,) = zipfile.ZipFile(files[classifiers.COMPACT]).namelist()
     assert name.endswith("-nora-compact/adapter_config.json")
 
 

@@ -11,12 +11,12 @@ from pipelines.errors import InputError
 from webui import class_presets, class_runs, panel
 from webui.classifiers import classifier_views
 from webui.context import QUIET, AppContext, followed, show_errors
-from webui.labelled_datasets import LabelledClasses, find_classes, title
+from webui.labelled_datasets import find_classes, title
 from webui.presets import preset_named
 from webui.render import parts
 from webui.runs import RunView
 from webui.screens import classify_images, classify_result, classify_use
-from webui.screens.classify_result import shown
+from webui.screens.classify_result import macros
 from webui.workspace import Workspace
 
 INTRO = "Train an image classifier for your own classes from a few images of each."
@@ -98,10 +98,10 @@ def _build_train(app: AppContext, draft_changed: gr.State, opened: gr.State) -> 
         workspace = settings.workspace(request)
         chosen = preset_named(class_presets.CLASSIFY, str(stored.get("preset")))
         try:
-            told, words = _about(workspace, stored), class_runs.command(source, workspace, stored)
+            about_html, words = _about(workspace, stored), class_runs.command(source, workspace, stored)
         except InputError as error:
-            told, words = parts.warning(str(error)), f"# {' '.join(str(error).split())}"
-        return told, chosen.name, shown.reasons(chosen.purpose, [value.reason for value in chosen.values]), words
+            about_html, words = parts.warning(str(error)), f"# {' '.join(str(error).split())}"
+        return about_html, chosen.name, macros.reasons(chosen.purpose, [value.reason for value in chosen.values]), words
 
     @show_errors
     def begin(stored: dict[str, Any], request: gr.Request) -> list[Any]:
@@ -117,7 +117,7 @@ def _build_train(app: AppContext, draft_changed: gr.State, opened: gr.State) -> 
 
 def _about(workspace: Workspace, draft: dict[str, Any]) -> str:
     """The dataset of the next run and its number of test images."""
-    classes: LabelledClasses = find_classes(workspace, class_runs.set_of(workspace, draft))
+    classes = find_classes(workspace, class_runs.set_of(workspace, draft))
     held_out = classes.count - sum(one.learnable for one in classes.classes)
     warned = [] if classes.is_ready else classes.warnings()[:1]
-    return shown.about(title(workspace, classes.id), held_out, classes.count, warned)
+    return macros.about(title(workspace, classes.id), held_out, classes.count, warned)

@@ -28,7 +28,7 @@ from webui.labelled_datasets import (
 )
 from webui.render import parts as shared
 from webui.render import small, tile
-from webui.screens.classify_result import shown
+from webui.screens.classify_result import macros
 from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
@@ -244,7 +244,7 @@ class _Images:
         tiles = [(one.name, tile(one, one.name)) for one in images if small(one) is not None]
         return [
             "" if entry is None else entry.name,
-            shown.choices(tiles, is_own),
+            macros.choices(tiles, is_own),
             [],
             gr.Dropdown(others, value=others[0][1] if others else None, visible=False),
             *[gr.Button(visible=False)] * 2,
@@ -335,23 +335,23 @@ def upload_summary(added: Added) -> Markup:
     count = len(added.names)
     said = shared.note(f"{count} image{'' if count == 1 else 's'} added.")
     lists = (("Not added:", added.refused), ("Notes:", added.notes))
-    return said + Markup("").join(shown.listed(head, sentences) for head, sentences in lists if sentences)
+    return said + Markup("").join(macros.listed(head, sentences) for head, sentences in lists if sentences)
 
 
 def summary(classes: LabelledClasses, accuracy: ZeroShotAccuracy | None) -> Markup:
     """The number of classes and images, the zero-shot accuracy of the built-in model, and warnings."""
     count = len(classes.classes)
     size = f"{count} class{'' if count == 1 else 'es'}, {classes.count} images."
-    found = [] if classes.kind == "example" else [*classes.warnings(), *classes.duplicates()]
-    below = (NOTES[classes.kind], [*classes.notes, *found])
+    warnings = [] if classes.kind == "example" else [*classes.warnings(), *classes.duplicates()]
+    below = (NOTES[classes.kind], [*classes.notes, *warnings])
     if accuracy is None:
-        return shown.dataset("", "", size, "", *below)
+        return macros.dataset("", "", size, "", *below)
     value = accuracy.right / accuracy.count
     lead = (
         f"zero-shot accuracy: the built-in model classifies {accuracy.right} of {accuracy.count} images correctly before any "
         f"training, from the class names alone. Random guessing: {share(1 / count)}."
     )
-    return shown.dataset(share(value), lead, size, verdict(value, count), *below)
+    return macros.dataset(share(value), lead, size, verdict(value, count), *below)
 
 
 def verdict(accuracy: float, count: int) -> str:
@@ -373,4 +373,4 @@ def class_cards(classes: LabelledClasses, accuracy: ZeroShotAccuracy | None) -> 
         known = f"zero-shot: {right[0]} of {right[1]} correct" if right else ""
         count = f"{len(one.images)} image{'' if len(one.images) == 1 else 's'}"
         cards.append((one.name, count, known, [(tile(source, f"an image of {one.name}"), "") for source in some]))
-    return shown.classes(cards)
+    return macros.classes(cards)

@@ -26,6 +26,8 @@ PENDING = {
     "stopped": "Training was stopped before the result. Resume it under Train.",
     "interrupted": "Training was interrupted before the result. Resume it under Train.",
 }
+# The series of the reliability diagram.
+RELIABILITY = ("perfect calibration", "as trained", "after temperature scaling")
 WORST_NOTE = (
     "These are test images. Training on them would raise the next accuracy without improving the classifier, so they cannot be "
     "added to the training images. If one has the wrong label, move it to its class under Images. To fix a kind of mistake, add "
@@ -36,7 +38,7 @@ MATRIX_JS = """element.addEventListener('click', (event) => {
   const cell = event.target.closest('button[data-true]');
   if (cell) trigger('select', {true: Number(cell.dataset.true), predicted: Number(cell.dataset.predicted)});
 });"""
-shown: Any = TEMPLATES.get_template("classify.html").module
+macros: Any = TEMPLATES.get_template("classify.html").module
 
 
 def pending(view: RunView | None) -> Markup:
@@ -53,15 +55,13 @@ def build(app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
         run: the classifiers.
         opened: changes when the part is opened, or another classifier is selected.
     """
-    outputs = _layout()
-    seen = gr.State(None)
-    settings = app.settings
+    outputs, settings, seen = _layout(), app.settings, gr.State(None)
 
     @show_errors
     def refresh(run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = view_of(settings.workspace(request), run_id)
         result = None if view is None else result_of(view.record, trial)
-        now = None if view is None else (view.id, view.state, result is not None and result.trial.folder)
+        now = None if view is None else (view.id, view.state, result and result.trial.folder)
         if now == before and now is not None:
             return [gr.skip()] * (len(outputs) + 1)
         if result is None:
@@ -70,18 +70,22 @@ def build(app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
 
     @show_errors
     def open_cell(run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> Markup:
-        result = result_of(settings.workspace(request).run(run_id), trial)
-        labels = range(len(result.classes)) if result is not None else range(0)
-        true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
-        if not all(isinstance(label, int) and label in labels for label in (true, predicted)):
-            raise InputError("This number belongs to another classifier. Reload the page.")
-        return cell_images(result, true, predicted)
+        return _clicked_cell(result_of(settings.workspace(request).run(run_id), trial), event)
 
     # Loading the images starts the worker, so nothing is loaded before the part is opened.
     given = [run, outputs["method"]]
     events = [opened.change, outputs["method"].input]
     gr.on(events, refresh, [*given, seen], [*outputs.values(), seen], trigger_mode="always_last", **QUIET)
     outputs["confusion"].select(open_cell, given, [outputs["cell"]], **QUIET)
+
+
+def _clicked_cell(result: Result | None, event: gr.EventData) -> Markup:
+    """The images of the cell that was clicked in the confusion matrix."""
+    labels = range(len(result.classes)) if result is not None else range(0)
+    true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
+    if not all(isinstance(label, int) and label in labels for label in (true, predicted)):
+        raise InputError("This number belongs to another classifier. Reload the page.")
+    return cell_images(result, true, predicted)
 
 
 def _layout() -> dict[str, Any]:
@@ -103,7 +107,9 @@ def _layout() -> dict[str, Any]:
         gr.HTML("<h3>Calibration</h3>")
         made["calibration"] = gr.HTML(elem_id="classify-calibration")
         hint = "A line below the diagonal means overconfidence."
-        made["reliability"] = line_plot("Accuracy by confidence", hint, "accuracy", "confidence", elem_id="classify-reliability")
+        made["reliability"] = line_plot(
+            "Accuracy by confidence", RELIABILITY, hint, x_title="confidence", elem_id="classify-reliability"
+        )
         gr.HTML("<h3>Downloads</h3>")
         with gr.Row(elem_classes="buttons"):
             for name, title in DOWNLOADS.items():
@@ -118,12 +124,12 @@ def _updates(result: Result) -> list[Any]:
     note = f"Means over {splits} splits." if splits > 1 else "From one split."
     return [
         method_choices(result, result.report.trials),
-        shown.summary(*classifiers.headline(result), classifiers.findings(result)),
+        macros.summary(*classifiers.headline(result), classifiers.findings(result)),
         confusion(result),
         "",
         per_class(result),
         worst_mistakes(result),
-        shown.methods(classifiers.method_rows(result), note),
+        macros.methods(classifiers.method_rows(result), note),
         parts.note(_calibration(result)),
         _reliability(result).update().make(),
         *(gr.DownloadButton(value=files.get(name), visible=name in files) for name in DOWNLOADS),
@@ -146,9 +152,9 @@ def confusion(result: Result) -> Markup:
     mistakes = [sum(row) + sum(other[label] for other in counts) - 2 * row[label] for label, row in enumerate(counts)]
     labels = sorted(sorted(range(len(counts)), key=lambda label: -mistakes[label])[:MOST_IN_MATRIX])
     left_out = len(names) - len(labels)
-    note = f" The {left_out} classes with the fewest mistakes are not shown." if left_out else ""
+    note = f" The {left_out} classes with the fewest mistakes are not macros." if left_out else ""
     rows = [(names[true], [_cell(result, true, predicted) for predicted in labels]) for true in labels]
-    return shown.confusion([names[label] for label in labels], rows, note)
+    return macros.confusion([names[label] for label in labels], rows, note)
 
 
 def _cell(result: Result, true: int, predicted: int) -> dict[str, Any] | None:
@@ -176,7 +182,7 @@ def cell_images(result: Result, true: int, predicted: int) -> Markup:
     """The images of one cell of the confusion matrix."""
     matches = result.in_cell(true, predicted)
     more = max(0, len(matches) - MOST_IN_CELL)
-    return shown.cell(cell_label(result, true, predicted), _tested(result, matches[:MOST_IN_CELL]) if matches else None, more)
+    return macros.cell(cell_label(result, true, predicted), _tested(result, matches[:MOST_IN_CELL]) if matches else None, more)
 
 
 def per_class(result: Result) -> Markup:
@@ -188,7 +194,7 @@ def per_class(result: Result) -> Markup:
         if value is not None:
             rows.append((name, value, share(value), f"{count} test images{hint and f', {hint}'}"))
     untested = [parts.warning(f"{name} (0): no test images.") for name in result.untested()]
-    return Markup("").join([shown.bars(sorted(rows, key=lambda row: row[1])), *untested])
+    return Markup("").join([macros.bars(sorted(rows, key=lambda row: row[1])), *untested])
 
 
 def worst_mistakes(result: Result) -> Markup:
@@ -203,7 +209,7 @@ def _tested(result: Result, matches: Sequence[ImagePrediction]) -> Markup:
     """Test images with their predictions."""
     names, figures = result.classes, []
     for one in matches:
-        caption = shown.caption("" if one.is_right else names[one.true], names[one.predicted], share(one.confidence))
+        caption = macros.caption("" if one.is_right else names[one.true], names[one.predicted], share(one.confidence))
         figures.append((tile(source_of(result.record, one), f"a test image of {names[one.true]}"), caption))
     return parts.tiles(figures)
 
@@ -221,8 +227,8 @@ def _calibration(result: Result) -> str:
 
 def _reliability(result: Result) -> Plot:
     """The reliability diagram: accuracy against confidence."""
-    series = {"perfect calibration": [(0.0, 0.0), (1.0, 1.0)]}
-    for name, metrics in (("as trained", result.trial.test), ("after temperature scaling", result.trial.calibrated)):
+    series = {RELIABILITY[0]: [(0.0, 0.0), (1.0, 1.0)]}
+    for name, metrics in zip(RELIABILITY[1:], (result.trial.test, result.trial.calibrated), strict=True):
         bins = zip(metrics.reliability.confidence, metrics.reliability.accuracy, metrics.reliability.counts, strict=True)
         series[name] = [(confidence, accuracy) for confidence, accuracy, count in bins if count]
     return Plot("Accuracy by confidence", series, (0.0, 1.0))

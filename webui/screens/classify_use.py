@@ -23,7 +23,7 @@ from webui.draft import merged
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import EXAMPLES, dataset_of_run, uploaded_classes
 from webui.render import parts, tile
-from webui.screens.classify_result import method_choices, pending, shown
+from webui.screens.classify_result import macros, method_choices, pending
 from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
@@ -46,73 +46,78 @@ def build(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -
         run: the classifiers.
         opened: changes when the part is opened, or another classifier is selected.
     """
-    settings, seen = app.settings, gr.State(None)
-    empty = gr.HTML(pending(None), elem_id="classify-new-empty")
-    with gr.Column(visible=False) as content:
-        method = gr.Dropdown(label="Method", info=INTRO, filterable=False, interactive=True, elem_id="classify-new-method")
-        with gr.Row(equal_height=False):
-            live = gr.Image(
-                label="One image",
-                sources=["upload", "webcam", "clipboard"],
-                type="filepath",
-                height=300,
-                min_width=280,
-                elem_id="classify-live",
-            )
-            with gr.Column(min_width=280):
-                answer = gr.HTML(ASK, elem_id="classify-answer")
-        files = gr.File(
-            label="Many images", file_count="multiple", file_types=list(UPLOAD_SUFFIXES), height=140, elem_id="classify-new-files"
+    _Use(app, steps, run, opened)
+
+
+class _Use:
+    """The components and event handlers of the part."""
+
+    def __init__(self, app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
+        self.app, self.steps, self.run, seen = app, steps, run, gr.State(None)
+        empty = gr.HTML(pending(None), elem_id="classify-new-empty")
+        with gr.Column(visible=False) as content:
+            self._lay_out()
+        outputs = [empty, content, self.method, self.live, self.answer, self.rows, self.table, seen]
+        opened.change(self.refresh, [run, seen], outputs, **QUIET)
+        events, given = [self.live.change, self.method.input], [run, self.method, self.live]
+        gr.on(events, self.classify_one, given, self.answer, trigger_mode="always_last", **DEVICE)
+        events, given = (
+            [self.files.upload, self.files.clear, self.files.delete, self.method.input],
+            [run, self.method, self.files],
         )
-        rows = gr.State([])
-        _cards(app, steps, run, rows)
-        table = gr.DownloadButton("Table of predictions (CSV)", visible=False, elem_id="classify-new-table")
+        gr.on(events, self.classify, given, [self.rows, self.table], show_progress="minimal", **DEVICE)
+
+    def _lay_out(self) -> None:
+        self.method = gr.Dropdown(label="Method", info=INTRO, filterable=False, interactive=True, elem_id="classify-new-method")
+        with gr.Row(equal_height=False):
+            named = {"label": "One image", "type": "filepath", "height": 300, "min_width": 280, "elem_id": "classify-live"}
+            self.live = gr.Image(sources=["upload", "webcam", "clipboard"], **named)
+            with gr.Column(min_width=280):
+                self.answer = gr.HTML(ASK, elem_id="classify-answer")
+        named = {"file_types": list(UPLOAD_SUFFIXES), "height": 140, "elem_id": "classify-new-files"}
+        self.files = gr.File(label="Many images", file_count="multiple", **named)
+        self.rows = gr.State([])
+        gr.render(inputs=[self.rows, self.run], triggers=[self.rows.change], show_progress="hidden")(self.render_cards)
+        self.table = gr.DownloadButton("Table of predictions (CSV)", visible=False, elem_id="classify-new-table")
 
     @show_errors
-    def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
-        view = view_of(settings.workspace(request), run_id)
+    def refresh(self, run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
+        """Show the classifier, without the predictions of another one."""
+        view = view_of(self.app.settings.workspace(request), run_id)
         result = None if view is None else result_of(view.record)
         now = view and (view.id, view.state)
         if now == before and now is not None:
             return [gr.skip()] * 8
         if result is None:
             return [gr.HTML(pending(view), visible=True), gr.Column(visible=False), *[gr.skip()] * 5, now]
-        choices = method_choices(result, list(result.same_split()))
-        hidden = gr.DownloadButton(visible=False)
+        choices, hidden = method_choices(result, list(result.same_split())), gr.DownloadButton(visible=False)
         return [gr.HTML(visible=False), gr.Column(visible=True), choices, None, gr.skip(), [], hidden, now]
 
     @show_errors
-    def classify_one(run_id: str, trial: str | None, file: str | None, request: gr.Request) -> Any:
+    def classify_one(self, run_id: str, trial: str | None, file: str | None, request: gr.Request) -> Markup:
+        """The likeliest classes of the one image."""
         if file is None:
             return ASK
-        (row,) = WORKER.call("classify", settings.workspace(request).run(run_id), [file], trial, LIVE_TOP)
+        (row,) = WORKER.call("classify", self.app.settings.workspace(request).run(run_id), [file], trial, LIVE_TOP)
         return prediction(row, "large")
 
     @show_errors
-    def classify(run_id: str, trial: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+    def classify(self, run_id: str, trial: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+        """The predictions for many images, and a table of them."""
         if len(files or []) > MOST:
             raise InputError(f"At most {MOST} images can be classified at once, got {len(files)}. Choose fewer.")
         if not files:
             return [], gr.DownloadButton(visible=False)
-        found = WORKER.call("classify", settings.workspace(request).run(run_id), files, trial)
-        has_table = any("class" in row for row in found)
-        found = [{**row, "file": file} for row, file in zip(found, files, strict=True)]
-        return found, gr.DownloadButton(value=write_table(table_of(found)) if has_table else None, visible=has_table)
+        rows = WORKER.call("classify", self.app.settings.workspace(request).run(run_id), files, trial)
+        has_table = any("class" in row for row in rows)
+        table = gr.DownloadButton(value=write_table(table_of(rows)) if has_table else None, visible=has_table)
+        return [{**row, "file": file} for row, file in zip(rows, files, strict=True)], table
 
-    opened.change(refresh, [run, seen], [empty, content, method, live, answer, rows, table, seen], **QUIET)
-    gr.on([live.change, method.input], classify_one, [run, method, live], answer, trigger_mode="always_last", **DEVICE)
-    changed = [files.upload, files.clear, files.delete, method.input]
-    gr.on(changed, classify, [run, method, files], [rows, table], show_progress="minimal", **DEVICE)
-
-
-def _cards(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, predictions: gr.State) -> None:
-    """A card for each image with its predictions and a field for the true class; rendered again when they change."""
-
-    @gr.render(inputs=[predictions, run], triggers=[predictions.change], show_progress="hidden")
-    def render_cards(rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
+    def render_cards(self, rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
+        """A card for each image with a field for its true class; rendered again when the predictions change."""
         if not rows:
             return
-        classes = result_of(app.settings.workspace(request).run(run_id)).classes
+        classes = result_of(self.app.settings.workspace(request).run(run_id)).classes
         answers: list[gr.Dropdown] = []
         with gr.Row(equal_height=False, elem_id="classify-predictions"):
             for row in rows:
@@ -124,36 +129,28 @@ def _cards(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, predictions: gr.St
                         answers.append(gr.Dropdown(choices, value=RIGHT, **named))
         if answers:
             gr.HTML(parts.note(AGAIN))
-            _train_again_button(app, steps, run, predictions, answers)
-
-
-def _train_again_button(
-    app: AppContext, steps: gr.Tabs, run: gr.Dropdown, predictions: gr.State, answers: list[gr.Dropdown]
-) -> None:
-    """A button that adds the images whose true class is given in `answers` to the training images, and starts a run."""
-    again = gr.Button("Add the corrected images and train again", variant="primary", elem_id="classify-again")
+            again = gr.Button("Add the corrected images and train again", variant="primary", elem_id="classify-again")
+            draft, outputs = self.app.class_draft, [self.app.class_draft, *self.app.outputs]
+            inputs = [self.run, draft, self.rows, *answers]
+            again.click(self.train_again, inputs, outputs, api_visibility="private", concurrency_limit=1)
 
     @show_errors
-    def train_again_with(
-        run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *answered: str
-    ) -> list[Any]:
-        workspace = app.settings.workspace(request)
+    def train_again(self, run_id: str, draft: Any, rows: list[dict[str, Any]], request: gr.Request, *answers: str) -> list[Any]:
+        """Start a run with the images whose true class was given, and show its progress."""
+        workspace = self.app.settings.workspace(request)
         corrected: dict[str, list[Path]] = {}
-        for row, name in zip((row for row in rows if "class" in row), answered, strict=True):
+        for row, name in zip((row for row in rows if "class" in row), answers, strict=True):
             if name != RIGHT:
                 corrected.setdefault(name, []).append(Path(row["file"]))
         set_id, new = train_again(workspace, workspace.run(run_id), corrected)
-        return [{**draft, "set": set_id}, gr.Tabs(selected="train"), *app.show(workspace, new)]
-
-    inputs, outputs = [run, app.class_draft, predictions, *answers], [app.class_draft, steps, *app.outputs]
-    again.click(train_again_with, inputs, outputs, api_visibility="private", concurrency_limit=1)
+        return [{**draft, "set": set_id}, *self.app.show(workspace, new, "train")]
 
 
 def prediction(row: Mapping[str, Any], css: str = "") -> Markup:
     """The most likely classes of an image as bars, and how it was read; or why it could not be."""
     if "error" in row:
         return parts.warning(row["error"])
-    bars = shown.bars([(name, value, share(value), "") for name, value in row["top"]], True, css)
+    bars = macros.bars([(name, value, share(value), "") for name, value in row["top"]], True, css)
     return bars + Markup("").join(map(parts.note, row.get("notes", ())))
 
 
