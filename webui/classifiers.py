@@ -210,13 +210,9 @@ def findings(result: Result) -> list[tuple[bool, str]]:
     if untested := result.untested():
         sentences.append((True, f"No test images for {', '.join(untested)}, so the accuracy says nothing about it."))
     if trial.test.top1.high - trial.test.top1.low > ROUGH:
-        sentences.append(
-            (False, f"{trial.test.count} test images allow only a rough estimate. Add images for a narrower interval.")
-        )
+        sentences.append((False, f"{trial.test.count} test images allow only a rough estimate. Add images to narrow it."))
     if count >= MANY:
-        sentences.append(
-            (False, f"The best of {count} methods is chosen on the test images, so expect slightly less on new images.")
-        )
+        sentences.append((False, f"The best of {count} methods is chosen on the test images. Expect slightly less on new ones."))
     return sentences
 
 
@@ -252,8 +248,10 @@ def _larger_model(result: Result) -> str:
     """The advice to use a full CLIP in place of the built-in one."""
     if result.report.model != BUILT_IN_CLIP_NAME:
         return ""
-    known = "The built-in model is tiny: it knows 200 kinds of objects and simple shapes, at 64 pixels."
-    return f" {known} A full CLIP, such as ViT-B-16, knows far more: choose it as base model in the expert settings."
+    return (
+        " The built-in model is tiny: it knows 200 kinds of objects and simple shapes, at 64 pixels. A full CLIP, such as "
+        "ViT-B-16, knows far more: choose it as base model in the expert settings."
+    )
 
 
 def _on_the_probe(result: Result) -> list[tuple[bool, str]]:

@@ -38,14 +38,14 @@ def build(app: AppContext) -> None:
         with gr.Tab("3 Result", id="result", elem_id="classify-part-result"):
             classify_result.build(app, run, opened)
         with gr.Tab("4 Use", id="new", elem_id="classify-part-new"):
-            classify_use.build(app, steps, run, opened)
+            classify_use.build(app, run, opened)
     _follow(app, steps, run, opened)
 
 
 def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
     """Keep the list of classifiers up to date, and show the classifier that is selected on other screens."""
     tab, settings = steps.parent, app.settings
-    known, followed_run = gr.State([]), gr.State(None)
+    titles, followed_run = gr.State([]), gr.State(None)
 
     @show_errors
     def renew(elsewhere: str | None, chosen: str | None, before: str | None, request: gr.Request) -> list[Any]:
@@ -61,10 +61,10 @@ def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State)
         return gr.skip() if now == before else now
 
     given, outputs = [app.run, run, followed_run], [run, steps, followed_run]
-    gr.on([app.page.load, tab.select, known.change], renew, given, outputs, **QUIET)
+    gr.on([app.page.load, tab.select, titles.change], renew, given, outputs, **QUIET)
     # The dropdown is not an output of the timer event, because Gradio counts every output as a change.
-    app.refresh_triggers["classify"].change(keep, [known], [known], **QUIET)
-    events = [tab.select, steps.select, run.change, known.change]
+    app.refresh_triggers["classify"].change(keep, [titles], [titles], **QUIET)
+    events = [tab.select, steps.select, run.change, titles.change]
     gr.on(events, time.time, None, opened, trigger_mode="always_last", **QUIET)
 
 

@@ -255,8 +255,8 @@ class _Images:
     @show_errors
     def choose(self, key: str, draft: dict[str, Any], event: gr.EventData, request: gr.Request) -> list[Any]:
         """Remember the chosen images, and offer what can be done with them."""
-        known = {one.name for one in find_classes(*self.named(draft, request)).class_named(key).images}
-        chosen = [file for file in event.files if file in known]
+        files = {one.name for one in find_classes(*self.named(draft, request)).class_named(key).images}
+        chosen = [file for file in event.files if file in files]
         count = f"{len(chosen)} image{'' if len(chosen) == 1 else 's'}"
         has_any = bool(chosen)
         labels = (f"Move {count}", f"Delete {count}")
@@ -370,7 +370,7 @@ def class_cards(classes: LabelledClasses, accuracy: ZeroShotAccuracy | None) -> 
     for one in classes.classes:
         some = one.images[:: max(1, len(one.images) // IN_CARD)][:IN_CARD]
         right = accuracy and accuracy.by_class.get(one.key)
-        known = f"zero-shot: {right[0]} of {right[1]} correct" if right else ""
+        zero_shot = f"zero-shot: {right[0]} of {right[1]} correct" if right else ""
         count = f"{len(one.images)} image{'' if len(one.images) == 1 else 's'}"
-        cards.append((one.name, count, known, [(tile(source, f"an image of {one.name}"), "") for source in some]))
+        cards.append((one.name, count, zero_shot, [(tile(source, f"an image of {one.name}"), "") for source in some]))
     return macros.classes(cards)

@@ -152,7 +152,7 @@ def confusion(result: Result) -> Markup:
     mistakes = [sum(row) + sum(other[label] for other in counts) - 2 * row[label] for label, row in enumerate(counts)]
     labels = sorted(sorted(range(len(counts)), key=lambda label: -mistakes[label])[:MOST_IN_MATRIX])
     left_out = len(names) - len(labels)
-    note = f" The {left_out} classes with the fewest mistakes are not macros." if left_out else ""
+    note = f" The {left_out} classes with the fewest mistakes are not shown." if left_out else ""
     rows = [(names[true], [_cell(result, true, predicted) for predicted in labels]) for true in labels]
     return macros.confusion([names[label] for label in labels], rows, note)
 

@@ -38,22 +38,21 @@ AGAIN = (
 DEVICE = {"api_visibility": "private", "concurrency_id": "device", "concurrency_limit": 1}
 
 
-def build(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
+def build(app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
     """Put the part into the open tab.
 
     Args:
-        steps: the parts of the screen.
         run: the classifiers.
         opened: changes when the part is opened, or another classifier is selected.
     """
-    _Use(app, steps, run, opened)
+    _Use(app, run, opened)
 
 
 class _Use:
     """The components and event handlers of the part."""
 
-    def __init__(self, app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
-        self.app, self.steps, self.run, seen = app, steps, run, gr.State(None)
+    def __init__(self, app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
+        self.app, self.run, seen = app, run, gr.State(None)
         empty = gr.HTML(pending(None), elem_id="classify-new-empty")
         with gr.Column(visible=False) as content:
             self._lay_out()
@@ -121,7 +120,7 @@ class _Use:
         answers: list[gr.Dropdown] = []
         with gr.Row(equal_height=False, elem_id="classify-predictions"):
             for row in rows:
-                with gr.Column(min_width=240, elem_classes="found-card"):
+                with gr.Column(min_width=240, elem_classes="prediction-card"):
                     gr.HTML(card(row))
                     if "class" in row:
                         choices = [(f"correct: {row['class']}", RIGHT), *(one for one in classes if one != row["class"])]
