@@ -66,9 +66,9 @@ def render(name: str, **values: object) -> Markup:
     return Markup(TEMPLATES.get_template(name).render(**values))
 
 
-def sample_image(sample: Sample, alt: str = "") -> Markup:
+def sample_image(sample: Sample, alt: str = "", loading: str = "lazy") -> Markup:
     """A sample as an <img>."""
-    return parts.image(thumbnail(sample.path), alt, "pixel" if sample.side <= CRISP_SIDE else "")
+    return parts.image(thumbnail(sample.path), alt, "pixel" if sample.side <= CRISP_SIDE else "", loading)
 
 
 def in_cache(path: Path) -> str:

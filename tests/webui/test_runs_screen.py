@@ -6,6 +6,7 @@ import re
 import gradio as gr
 import pytest
 from browsing import go_to
+from playwright.sync_api import expect
 from run_folders import add_report, add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
@@ -41,7 +42,9 @@ def classifier(folder, name="nora", value=0.8, shots=4):
 
 def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_that_differ(workspace):
     finished_run(workspace.runs / "a")
-    with_options(finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4})
+    with_options(
+        finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4}, data={"instance_data_dir": "/srv/duck"}
+    )
     runs = comparable(workspace, ["a", "b"])
     shown = comparison(runs)
     assert shown.count("<img") == 6
@@ -50,6 +53,8 @@ def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_
     assert "adapter: method" in shown
     assert "instance_prompt" not in shown
     assert "default" in shown
+    assert "<td>duck</td>" in shown
+    assert "/srv" not in shown
     for plot in plots(runs).values():
         assert {name for *_, name in plot.update().key} == {"A", "B"}, plot.title
 
@@ -215,6 +220,7 @@ def test_two_runs_are_compared_and_a_duplicate_opens_check(server, new_page, scr
     page.click("#runs-compare-show")
     page.wait_for_selector(".compare table")
     assert page.locator(".compare td img").count() == 6
+    expect(page.locator(".plot:visible svg.marks")).to_have_count(4)
     screenshot(page, "runs-compared")
     card(page, "20260101-000002-other").click()
     page.wait_for_selector('button.run[data-run="20260101-000002-other"][aria-pressed="true"]')

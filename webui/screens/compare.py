@@ -126,12 +126,8 @@ def _accuracies(runs: Sequence[RunView]) -> Markup:
 def _differences(runs: Sequence[RunView]) -> Markup:
     """The options that differ."""
     flat = [dict(_options(view.options or view.launch_options)) for view in runs]
-    names = list(dict.fromkeys(name for each in flat for name in each))
-    rows = [
-        [name, *(_value(each.get(name)) for each in flat)]
-        for name in names
-        if any(each.get(name) != flat[0].get(name) for each in flat)
-    ]
+    values = {name: [_value(each.get(name)) for each in flat] for each in flat for name in each}
+    rows = [[name, *cells] for name, cells in values.items() if len(set(cells)) > 1]
     table = parts.table(["Option", *LETTERS[: len(runs)]], rows) if rows else parts.note("None. The runs have the same options.")
     return parts.section("Options that differ", table)
 
@@ -144,8 +140,11 @@ def _options(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _value(value: Any) -> str:
+    """An option for people; of a path on this machine, only the name."""
     if value is None or isinstance(value, bool):
         return {None: "default", True: "yes", False: "no"}[value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
     words = ", ".join(map(str, value)) if isinstance(value, list) else f"{value:.6g}" if isinstance(value, float) else str(value)
     return words if len(words) <= LONGEST_VALUE else f"{words[: LONGEST_VALUE - 1]}…"
 

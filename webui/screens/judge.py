@@ -227,7 +227,8 @@ def choice(view: RunView, pair: Pair | None, result: str) -> Markup:
     if pair is None:
         return Markup("")
     left, right = (samples(view.record, step)[pair.prompt] for step in (pair.left, pair.right))
-    return judge.choice(sample_image(left, "left image"), sample_image(right, "right image"), left.prompt, result)
+    images = [sample_image(image, alt, "eager") for image, alt in ((left, "left image"), (right, "right image"))]
+    return judge.choice(*images, left.prompt, result)
 
 
 def before_after(view: RunView, selected: Selected) -> list[Sample]:
