@@ -42,9 +42,8 @@ def classifier(folder, name="nora", value=0.8, shots=4):
 
 def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_that_differ(workspace):
     finished_run(workspace.runs / "a")
-    with_options(
-        finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4}, data={"instance_data_dir": "/srv/duck"}
-    )
+    data = {"instance_prompt": "a photo of sks toy", "instance_data_dir": "/srv/duck"}
+    with_options(finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4}, data=data)
     runs = comparable(workspace, ["a", "b"])
     shown = comparison(runs)
     assert shown.count("<img") == 6
