@@ -1,9 +1,9 @@
 """The screen Judge: images, curves and scores of every step, and the recommended step, from the run's files."""
 
 import json
-import random
 import re
 from dataclasses import replace
+from itertools import permutations
 
 import gradio as gr
 import pytest
@@ -15,26 +15,23 @@ from run_folders import CURVE_STEPS, PROMPTS, add_samples, curve, end_processes,
 from pipelines.run_file import ResolvedOptions
 from training.runs.preferences import Preferences
 from training.runs.record import RunRecord
-from training.runs.run_files import Certificate
 from training.subject.measured import adapter_at, metric_name
 from webui.page import build_page
 from webui.runs import RunView
 from webui.screens.judge import (
     NO_LOSS,
     PLOTS,
-    Selected,
-    choice,
-    choose,
+    Choices,
+    blind_choice,
+    choices_of,
     content,
-    next_pair,
     recommended_step,
-    selection,
+    record_choice,
 )  # fmt: skip
 from webui.settings import Settings
 from webui.workspace import Workspace
 
 PATIENCE = 120_000
-CERTIFICATE = Certificate(True, {}, {}, 1.0, 1.0, [], [], [], {}, "float32", "cpu").to_json()
 
 
 @pytest.fixture
@@ -50,12 +47,12 @@ def view(run):
 
 
 def at(run, step, prompt=0):
-    """A selection on the page that is still valid."""
-    return Selected(run.path.name, recommended_step(view(run)), step, prompt)
+    """A choice of the user that is still valid."""
+    return Choices(run.path.name, recommended_step(view(run)), step, prompt, (0, step, prompt))
 
 
-def look(run, selected=None, pair=None):
-    return content(view(run), selection(view(run), selected), pair)
+def look(run, chosen=None):
+    return content(view(run), choices_of(view(run), chosen))
 
 
 @pytest.fixture
@@ -125,11 +122,11 @@ def test_the_table_says_why_the_last_step_has_no_validation_loss(finished, folds
 
 def test_the_recommended_step_is_selected_until_the_user_selects_another(finished):
     recommended = recommended_step(view(finished))
-    assert selection(view(finished), None).step == recommended
-    assert selection(view(finished), at(finished, 100, 2)) == at(finished, 100, 2)
-    assert selection(view(finished), at(finished, 7)).step == recommended
-    assert selection(view(finished), replace(at(finished, 100), run_id="b")).step == recommended
-    assert selection(view(finished), replace(at(finished, 100), recommended=None)).step == recommended
+    assert choices_of(view(finished), None).step == recommended
+    assert choices_of(view(finished), at(finished, 100, 2)) == at(finished, 100, 2)
+    assert choices_of(view(finished), at(finished, 7)).step == recommended
+    assert choices_of(view(finished), replace(at(finished, 100), run_id="b")).step == recommended
+    assert choices_of(view(finished), replace(at(finished, 100), recommended=None)).step == recommended
     shown = look(finished, at(finished, 100, 2))["grid"].make().value
     assert len(re.findall('<button[^>]* class="selected"', shown)) == 1
     assert 'data-step="100" data-prompt="2" class="selected" aria-current="true"' in shown
@@ -156,37 +153,27 @@ def test_a_step_can_be_used_only_if_its_adapter_is_saved(finished):
 
 
 def test_a_blind_choice_is_recorded_and_shown_beside_the_scores(finished):
-    rng = random.Random(0)
-    pairs = []
+    chosen, pairs = None, []
     for side in ("left", "right", "equal"):
-        pair = next_pair(view(finished), rng)
-        shown = choice(view(finished), pair, "")
-        assert "step" not in re.sub("different steps", "", shown)
-        pairs.append((pair, choose(view(finished), pair, side)))
-    (left, said), (right, _), (_, equally) = pairs
+        chosen = choices_of(view(finished), chosen)
+        *steps, prompt = chosen.pair
+        pairs.append((tuple(steps), prompt))
+        assert "step" not in re.sub("different steps|You preferred .*?</p>", "", blind_choice(view(finished), chosen))
+        chosen = record_choice(view(finished), chosen, side)
+        names = [f"step {step}" if step else "the base model" for step in steps]
+        assert all(name in chosen.result for name in names)
+        assert (chosen.result.index(names[0]) < chosen.result.index(names[1])) == (side == "left")
     recorded = Preferences.read(finished.path).choices
-    assert [each.preferred for each in recorded] == [left.left, right.right, None]
-    assert [each.steps for each in recorded] == [(pair.left, pair.right) for pair, _ in pairs]
-    assert [each.prompt for each in recorded] == [PROMPTS[pair.prompt] for pair, _ in pairs]
-    assert said.startswith(f"You preferred {f'step {left.left}' if left.left else 'the base model'} to ")
-    assert equally.endswith("about equal.")
+    assert [each.preferred for each in recorded] == [pairs[0][0][0], pairs[1][0][1], None]
+    assert [(each.steps, each.prompt) for each in recorded] == [(steps, PROMPTS[prompt]) for steps, prompt in pairs]
     shown = look(finished)["measurements"].key
-    assert "You preferred" in shown
     for step, (preferred, compared) in Preferences.read(finished.path).counts().items():
         assert re.search(rf"{f'step {step}' if step else 'base model'}.*<td>{preferred} of {compared}</td></tr>", shown)
 
 
-def test_every_pair_is_compared_once_before_one_is_compared_again_in_both_orders(finished):
-    seen, rng = set(), random.Random(1)
-    count = 6 * len(PROMPTS)
-    orders = set()
-    for _ in range(count):
-        pair = next_pair(view(finished), rng)
-        orders.add(pair.left < pair.right)
-        seen.add((pair.prompt, frozenset((pair.left, pair.right))))
-        choose(view(finished), pair, "left")
-    assert len(seen) == count
-    assert orders == {True, False}
+def test_all_pairs_of_images_come_in_both_orders(finished):
+    drawn = {choices_of(view(finished), None).pair for _ in range(2000)}
+    assert drawn == {(*steps, prompt) for steps in permutations((0, 40, 60, 100), 2) for prompt in range(len(PROMPTS))}
 
 
 def test_during_training_the_results_so_far_are_shown_and_later_ones_announced(workspace):
@@ -222,7 +209,7 @@ def test_without_a_held_out_photo_only_the_scores_are_plotted(workspace):
 
 
 def test_without_a_subject_run_the_screen_says_why_it_is_empty(workspace):
-    assert "no results yet" in content(None, None, None)["empty"].key
+    assert "no results yet" in content(None, None)["empty"].key
     run = run_in(workspace.runs / "a", "done")
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     found = look(run)
@@ -230,18 +217,10 @@ def test_without_a_subject_run_the_screen_says_why_it_is_empty(workspace):
     assert found["results"].key is False
 
 
-def test_the_model_card_is_shown_without_its_header_and_the_certificate_as_a_sentence(finished):
+def test_the_model_card_is_shown_without_its_header(finished):
     assert look(finished)["details"].key is False
     (finished.path / "README.md").write_text("---\ntags: [a]\n---\n# sks toy\n\n![it](before_after.png)\n\nNoRA\n\n---\nend\n")
     assert look(finished)["card"].key == "# sks toy\n\n\nNoRA\n\n---\nend"
-    assert "have not been checked" in look(finished)["certificate"].key
-    for fields, words in (
-        ({}, "generates the same images from the exported files"),
-        ({"exact": False}, "loads approximations of the adapter"),
-        ({"passed": False, "problems": ["<b> differs"]}, "differ from the trained adapter: &lt;b&gt; differs."),
-    ):
-        (finished.path / "certificate.json").write_text(json.dumps(CERTIFICATE | fields))
-        assert words in look(finished)["certificate"].key
 
 
 def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
@@ -250,12 +229,11 @@ def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
     page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
     named = (fn for fn in page.fns.values() if "judge-samples" in [getattr(output, "elem_id", None) for output in fn.outputs])
     refresh = next(named).fn
-    states, seen = [None, None, ""], {}
+    chosen, seen = None, {}
     for _ in range(3):
-        *sent, selected, pair, result, seen = refresh("a", *states, seen, None)
-        states = [selected, pair, result]
+        *sent, chosen, seen = refresh("a", chosen, seen, None)
     assert all(each == gr.skip() for each in sent)
-    *sent, _, _, _, _ = refresh("a", selected, None, "You preferred it.", seen, None)
+    *sent, _, _ = refresh("a", replace(chosen, result="You preferred it."), seen, None)
     assert ["You preferred it." in each.value for each in sent if each != gr.skip()] == [True]
 
 

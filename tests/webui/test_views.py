@@ -237,7 +237,6 @@ def test_the_page_says_that_files_were_written_by_a_newer_version(workspace):
     assert "metrics.jsonl has a line that cannot be read" in judge.measurements(view(run))
     assert losses(view(run)) == ""
     assert "suggestion.json has version 9" in judge.recommendation(view(run))
-    assert "certificate.json has version 9" in judge.certificate(view(run))
 
 
 def test_a_status_of_a_newer_version_is_the_reason_why_the_state_of_a_run_is_unknown(workspace):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,10 +47,6 @@ class Preferences(RunFile):
         compared = Counter(step for choice in self.choices for step in choice.steps)
         preferred = Counter(choice.preferred for choice in self.choices)
         return {step: (preferred[step], count) for step, count in compared.items()}
-
-    def times(self, prompt: str, seed: int, steps: Collection[int]) -> int:
-        """How often the images of two steps were compared."""
-        return sum((each.prompt, each.seed) == (prompt, seed) and set(each.steps) == set(steps) for each in self.choices)
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 from pipelines.images import labelled_grid
 from training.runs.preferences import Preference, Preferences
-from training.runs.run_files import COPY_THRESHOLD, FOLDS, Certificate, Suggestion
+from training.runs.run_files import COPY_THRESHOLD, FOLDS, Suggestion
 from training.subject.measured import (
     Sample,
     heldout_curve,
@@ -71,23 +70,22 @@ judge = macros("judge.html")
 
 
 @dataclass(frozen=True)
-class Selected:
-    """The image in the comparison, until another run or another recommendation is shown."""
+class Choices:
+    """What a user has chosen to see of a run, and what the user may choose between.
+
+    Args:
+        run_id, recommended: the run and its recommended step, for which the rest was chosen.
+        step, prompt: the step and the index of the prompt in the comparison.
+        pair: two steps in random order and the index of a prompt, for the blind choice; None if there are no two steps.
+        result: of the last blind choice, as a sentence.
+    """
 
     run_id: str
     recommended: int | None
     step: int
     prompt: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two images with the same prompt and seed in random order, for the user to choose from."""
-
-    run_id: str
-    prompt: int
-    left: int
-    right: int
+    pair: tuple[int, int, int] | None = None
+    result: str = ""
 
 
 def recommended_step(view: RunView) -> int | None:
@@ -96,15 +94,18 @@ def recommended_step(view: RunView) -> int | None:
     return None if suggestion is None else suggestion.step
 
 
-def selection(view: RunView, selected: Selected | None) -> Selected | None:
-    """What is selected on the page, else the recommended step, else the newest; None without samples."""
-    steps = [step for step in sampled_steps(view.record) if step > 0]
-    if not steps:
+def choices_of(view: RunView, before: Choices | None) -> Choices | None:
+    """What was chosen `before` if it is still valid, else the recommended or the newest step; None without samples."""
+    steps = sampled_steps(view.record)
+    trained = [step for step in steps if step]
+    if not trained:
         return None
-    recommended, count = recommended_step(view), len(samples(view.record, steps[-1]))
-    if selected is not None and (selected.run_id, selected.recommended) == (view.id, recommended) and selected.step in steps:
-        return selected
-    return Selected(view.id, recommended, recommended if recommended in steps else steps[-1], min(1, count - 1))
+    recommended, count = recommended_step(view), len(samples(view.record, trained[-1]))
+    if before is None or (before.run_id, before.recommended) != (view.id, recommended) or before.step not in trained:
+        before = Choices(view.id, recommended, recommended if recommended in trained else trained[-1], min(1, count - 1))
+    if before.pair is not None or len(steps) < 2:
+        return before
+    return replace(before, pair=(*random.sample(steps, 2), random.randrange(count)))
 
 
 def recommendation(view: RunView) -> Markup:
@@ -122,17 +123,15 @@ def recommendation(view: RunView) -> Markup:
     return parts.empty("Training did not finish, so no step is recommended.", results)
 
 
-def grid(view: RunView, selected: Selected | None) -> Markup:
+def grid(view: RunView, chosen: Choices | None) -> Markup:
     """The samples: a column for each step, the base model first, and a row for each prompt."""
     by_step = {step: samples(view.record, step) for step in sampled_steps(view.record)}
     prompts = [sample.prompt for sample in max(by_step.values(), key=len, default=[])]
-    rows = [
-        (prompt, [sample_image(images[index]) if index < len(images) else None for images in by_step.values()])
-        for index, prompt in enumerate(prompts)
-    ]
+    if not prompts:
+        return Markup("")
+    images = {step: list(map(sample_image, of_step)) for step, of_step in by_step.items()}
     photos = [sample_image(photo, "one of your photos") for photo in subject_images(view.record)]
-    chosen = None if selected is None else (selected.step, selected.prompt)
-    return judge.grid(list(by_step), rows, photos, recommended_step(view), chosen) if rows else Markup("")
+    return judge.grid(images, prompts, photos, recommended_step(view), chosen and (chosen.step, chosen.prompt))
 
 
 def columns(view: RunView) -> dict[str, dict[int, float]]:
@@ -201,40 +200,25 @@ def _missing(view: RunView, measured: int | None, last: int) -> Markup:
     return parts.note(f"There is no validation loss after step {measured}. {why}") if measured < last else Markup("")
 
 
-def next_pair(view: RunView, rng: random.Random) -> Pair | None:
-    """A pair of those that were compared least; None with fewer than two steps."""
-    by_step = {step: samples(view.record, step) for step in sampled_steps(view.record)}
-    preferences, pairs = view.read_file(Preferences) or Preferences(), []
-    for left, right in itertools.permutations(by_step, 2):
-        for index, sample in enumerate(by_step[left][: len(by_step[right])]):
-            pairs.append((preferences.times(sample.prompt, sample.seed, {left, right}), Pair(view.id, index, left, right)))
-    least = min((times for times, _ in pairs), default=0)
-    return rng.choice([pair for times, pair in pairs if times == least]) if pairs else None
-
-
-def choose(view: RunView, pair: Pair, side: str) -> str:
-    """Record the user's choice; returns a sentence that names the steps."""
-    sample = samples(view.record, pair.left)[pair.prompt]
-    preferred, other = {"right": (pair.right, pair.left)}.get(side, (pair.left, pair.right))
-    choice = Preference(sample.prompt, sample.seed, (pair.left, pair.right), None if side == "equal" else preferred)
+def record_choice(view: RunView, chosen: Choices, side: str) -> Choices:
+    """Store which image of the pair is preferred, and say which steps they were of."""
+    *steps, prompt = chosen.pair
+    sample = samples(view.record, steps[0])[prompt]
+    preferred, other = steps if side == "left" else steps[::-1]
+    choice = Preference(sample.prompt, sample.seed, tuple(steps), None if side == "equal" else preferred)
     Preferences.add(view.record.path, choice)
     names = [f"step {step}" if step else "the base model" for step in (preferred, other)]
-    return f"You found {names[0]} and {names[1]} about equal." if side == "equal" else f"You preferred {names[0]} to {names[1]}."
+    result = "You found {} and {} about equal." if side == "equal" else "You preferred {} to {}."
+    return replace(chosen, pair=None, result=result.format(*names))
 
 
-def choice(view: RunView, pair: Pair | None, result: str) -> Markup:
-    """The two images of a pair as buttons."""
-    if pair is None:
+def blind_choice(view: RunView, chosen: Choices | None) -> Markup:
+    """The two images of the pair as buttons."""
+    if chosen is None or chosen.pair is None:
         return Markup("")
-    left, right = (samples(view.record, step)[pair.prompt] for step in (pair.left, pair.right))
-    images = [sample_image(image, alt, "eager") for image, alt in ((left, "left image"), (right, "right image"))]
-    return judge.choice(*images, left.prompt, result)
-
-
-def before_after(view: RunView, selected: Selected) -> list[Sample]:
-    """The images of the base model and of the selected step with the same prompt and seed; empty if one is missing."""
-    both = [samples(view.record, step)[selected.prompt :][:1] for step in (0, selected.step)]
-    return [image for images in both for image in images] if all(both) else []
+    *steps, prompt = chosen.pair
+    images = [samples(view.record, step)[prompt] for step in steps]
+    return judge.choice(*(sample_image(image, "", "eager") for image in images), images[0].prompt, chosen.result)
 
 
 def shared_image(view: RunView, step: int, before: Sample, after: Sample) -> str:
@@ -243,19 +227,6 @@ def shared_image(view: RunView, step: int, before: Sample, after: Sample) -> str
     labels = ["Before: the base model", f"After: step {step}. Prompt: {after.prompt}. Seed {after.seed}."]
     name = re.sub(r"\W+", "-", f"{view.name}-step{step}-before-after")
     return save_pil_to_cache(labelled_grid([(view.name, images)], labels), get_upload_folder(), name=name, format="png")
-
-
-def certificate(view: RunView) -> Markup:
-    """The result of the check of the exported files, in a sentence or two."""
-    result, error = view.read_file(Certificate), view.file_error(Certificate)
-    if error:
-        return parts.warning(error)
-    if result is None:
-        return parts.note("The exported files have not been checked with plain diffusers.")
-    if not result.passed:
-        return parts.warning(f"The exported files differ from the trained adapter: {'; '.join(result.problems)}.")
-    words = "generates the same images from" if result.exact else "loads approximations of the adapter from"
-    return Markup("<p>{} {}</p>").format(parts.chip("good", "certified"), f"Plain diffusers {words} the exported files.")
 
 
 def card(view: RunView) -> str:
@@ -267,7 +238,7 @@ def card(view: RunView) -> str:
     return "\n".join(line for line in body.splitlines() if not line.startswith("!["))
 
 
-def content(view: RunView | None, selected: Selected | None, pair: Pair | None, result: str = "") -> dict[str, LazyUpdate]:
+def content(view: RunView | None, chosen: Choices | None) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs; without a subject run, only why it is empty."""
     if view is None or view.task == "classify":
         return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": _column(False)}
@@ -277,14 +248,13 @@ def content(view: RunView | None, selected: Selected | None, pair: Pair | None, 
         "empty": text(""),
         "results": _column(True),
         "recommendation": text(recommendation(view)),
-        "grid": lazy_text((record.path, changed, recommended_step(view), selected), lambda: grid(view, selected)),
-        **_comparison(view, selected),
-        "choice": lazy_text((pair, result), lambda: choice(view, pair, result)),
-        **{name: plot.update() for name, plot in plots(view).items()},
+        "grid": lazy_text((record.path, changed, chosen and replace(chosen, pair=None, result="")), lambda: grid(view, chosen)),
+        "choice": lazy_text((record.path, chosen), lambda: blind_choice(view, chosen)),
         "measurements": text(measurements(view)),
         "details": frame(bool(words)),
-        "certificate": text(certificate(view) if words else ""),
         "card": LazyUpdate(words, lambda: gr.Markdown(words)),
+        **_comparison(view, chosen),
+        **{name: plot.update() for name, plot in plots(view).items()},
     }
 
 
@@ -292,84 +262,55 @@ def _column(visible: bool) -> LazyUpdate:
     return LazyUpdate(visible, lambda: gr.Column(visible=visible))
 
 
-def _comparison(view: RunView, selected: Selected | None) -> dict[str, LazyUpdate]:
-    """The slider with the images before and after, and its buttons."""
-    images = [] if selected is None else before_after(view, selected)
-    if not images:
+def _comparison(view: RunView, chosen: Choices | None) -> dict[str, LazyUpdate]:
+    """The images before and after with the same prompt and seed, and what can be done with them."""
+    images = [samples(view.record, step)[chosen.prompt :][:1] for step in (0, chosen.step)] if chosen else [[]]
+    if not all(images):
         return {"compare": _column(False)}
-    paths, after, step = [image.path for image in images], images[1], selected.step
+    (before,), (after,) = images
+    step, paths = chosen.step, (before.path, after.path)
     key = (view.name, *paths, *(path.stat().st_mtime_ns for path in paths))
     return {
         "compare": _column(True),
         "compared": text(judge.compared(step, after.prompt, after.seed)),
         "slider": LazyUpdate(key, lambda: gr.ImageSlider(value=tuple(map(enlarged, paths)))),
         "use": button(step in saved_steps(view.record), f"Use step {step}"),
-        "share": LazyUpdate(key, lambda: gr.DownloadButton(value=shared_image(view, step, *images))),
+        "share": LazyUpdate(key, lambda: gr.DownloadButton(value=shared_image(view, step, before, after))),
     }
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    outputs = _layout()
-    states = [gr.State(None), gr.State(None), gr.State("")]
-    seen = gr.State({})
+    outputs, chosen, seen = _layout(), gr.State(None), gr.State({})
 
     @show_errors
-    def refresh(
-        run_id: str | None,
-        selected: Selected | None,
-        pair: Pair | None,
-        result: str,
-        seen: dict[str, Hashable],
-        request: gr.Request,
-    ) -> list[Any]:
+    def refresh(run_id: str | None, before: Choices | None, seen: dict[str, Hashable], request: gr.Request) -> list[Any]:
         view = view_of(context.settings.workspace(request), run_id)
-        if view is not None and view.task == "subject":
-            selected = selection(view, selected)
-            if pair is None or pair.run_id != view.id:
-                pair, result = next_pair(view, random.SystemRandom()), result if pair is None else ""
-        now = dict.fromkeys(outputs, LazyUpdate(None, gr.skip)) | content(view, selected, pair, result)
-        return [*updates(now, seen, outputs), selected, pair, result, keys(now)]
-
-    refreshing: dict[str, Any] = {
-        "fn": refresh,
-        "inputs": [context.run, *states, seen],
-        "outputs": [*outputs.values(), *states, seen],
-        **QUIET,
-    }
-    context.refresh_triggers["judge"].change(trigger_mode="always_last", **refreshing)
-
-    _wire(context, outputs, states, refreshing)
-
-
-def _wire(context: AppContext, outputs: dict[str, Any], states: Sequence[gr.State], refreshing: dict[str, Any]) -> None:
-    """Attach what a user clicks.
-
-    Args:
-        states: the selected image, the pair to choose from, and the result of the last choice.
-        refreshing: the arguments of the listener that refreshes.
-    """
+        now = None if view is None or view.task == "classify" else choices_of(view, before)
+        parts_now = dict.fromkeys(outputs, LazyUpdate(None, gr.skip)) | content(view, now)
+        return [*updates(parts_now, seen, outputs), now, keys(parts_now)]
 
     @show_errors
-    def select(selected: Selected, event: gr.EventData) -> Selected:
+    def select(before: Choices, event: gr.EventData) -> Choices:
         # The base model is always on the left.
-        return replace(selected, step=int(event.step) or selected.step, prompt=int(event.prompt))
+        return replace(before, step=int(event.step) or before.step, prompt=int(event.prompt))
 
     @show_errors
-    def prefer(run_id: str, pair: Pair | None, event: gr.EventData, request: gr.Request) -> list[Any]:
-        view = RunView(context.settings.workspace(request).run(run_id))
-        return [None, choose(view, pair, event.side) if pair is not None and pair.run_id == view.id else ""]
+    def prefer(before: Choices, event: gr.EventData, request: gr.Request) -> Choices:
+        return record_choice(RunView(context.settings.workspace(request).run(before.run_id)), before, event.side)
 
     @show_errors
-    def use(run_id: str, selected: Selected, request: gr.Request) -> list[Any]:
-        steps = steps_of(context.settings.workspace(request).run(run_id))
+    def use(before: Choices, request: gr.Request) -> list[Any]:
+        steps = steps_of(context.settings.workspace(request).run(before.run_id))
         # Use may not have been refreshed since the step was saved, and Gradio refuses a value that is not among the choices.
-        step = gr.Dropdown(choices=steps.choices, value=selected.step)
-        return [gr.Tabs(selected="use"), step, [run_id, selected.step]]
+        step = gr.Dropdown(choices=steps.choices, value=before.step)
+        return [gr.Tabs(selected="use"), step, [before.run_id, before.step]]
 
-    outputs["grid"].click(select, states[0], states[0], **QUIET).then(**refreshing)
-    outputs["choice"].click(prefer, [context.run, states[1]], states[1:], **QUIET).then(**refreshing)
-    outputs["use"].click(use, [context.run, states[0]], [context.tabs, context.step, context.chosen], api_visibility="private")
+    inputs, updated = [context.run, chosen, seen], [*outputs.values(), chosen, seen]
+    context.refresh_triggers["judge"].change(refresh, inputs, updated, trigger_mode="always_last", **QUIET)
+    outputs["grid"].click(select, chosen, chosen, **QUIET).then(refresh, inputs, updated, **QUIET)
+    outputs["choice"].click(prefer, chosen, chosen, **QUIET).then(refresh, inputs, updated, **QUIET)
+    outputs["use"].click(use, chosen, [context.tabs, context.step, context.chosen], api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:
@@ -392,8 +333,7 @@ def _layout() -> dict[str, Any]:
             for title, (names, hint) in PLOTS.items():
                 components[title] = line_plot(title, [*names, "Recommended"], hint, SPECIAL_COLOURS, min_width=420)
         components["measurements"] = gr.HTML(visible=False, elem_id="judge-figures")
-        components["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")
+        components["details"] = gr.Accordion("Model card", open=False, visible=False, elem_id="judge-card")
         with components["details"]:
-            components["certificate"] = gr.HTML(visible=False)
             components["card"] = gr.Markdown()
     return components
