@@ -1,4 +1,4 @@
-"""What the screens share: the selected run, the tabs, the drafts and the timer; errors as sentences; updates sent once."""
+"""What the screens share: the selected run, the tabs and the drafts; errors as sentences; updates sent once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import gradio as gr
 
 from pipelines.errors import InputError
-from webui.runs import ACTIVE, RunView, views
+from webui.runs import RunView, views
 from webui.settings import Settings
 from webui.workspace import Workspace
 
@@ -126,7 +126,6 @@ def keys(now: Mapping[str, LazyUpdate]) -> dict[str, Hashable]:
     return {name: update.key for name, update in now.items()}
 
 
-POLL_SECONDS = 1.5
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 EMPTY_DRAFT = {"set": None, "preset": "Balanced", "options": {}}
 
@@ -158,7 +157,7 @@ class AppContext:
             differ from the defaults, by group, "preset": its name}. Never the settings of a run that was started.
         draft_changed: a copy of `draft` whose change event several screens listen to.
         class_draft: the same as `draft` for the next classifier.
-        clock: ticks every `POLL_SECONDS` while one of the user's runs is active; stopped otherwise.
+        refresh: a hidden button that page.js clicks when a run has changed.
         active_tab: the name of the open screen.
         refresh_triggers: by screen, a state that changes when that screen is open and should read the run's files again.
     """
@@ -173,14 +172,14 @@ class AppContext:
     draft: gr.BrowserState
     draft_changed: gr.State
     class_draft: gr.BrowserState
-    clock: gr.Timer
+    refresh: gr.Button
     active_tab: gr.State
     refresh_triggers: dict[str, gr.State]
 
     @property
-    def outputs(self) -> list[gr.Dropdown | gr.Tabs | gr.Timer]:
+    def outputs(self) -> list[gr.Dropdown | gr.Tabs]:
         """The outputs of `show`."""
-        return [self.run, self.tabs, self.clock]
+        return [self.run, self.tabs]
 
     def show(self, workspace: Workspace, run_id: str | None = None, tab: str | None = None) -> list[dict[str, object]]:
         """Updates of `outputs`: lists all runs of the workspace, selects `run_id` and opens the screen `tab`.
@@ -190,56 +189,37 @@ class AppContext:
             tab: None to leave the open one.
         """
         runs = views(workspace)
-        active = [view for view in runs if view.is_active]
         if run_id not in [view.id for view in runs]:
+            active = [view for view in runs if view.is_active]
             run_id = next((view.id for view in [*active, *runs]), None)
         opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
-        return [gr.Dropdown(choices=_choices(runs), value=run_id), opened, gr.Timer(active=bool(active))]
+        return [gr.Dropdown(choices=_choices(runs), value=run_id), opened]
 
     def attach_refreshes(self, opened: Mapping[str, gr.Tab]) -> None:
-        """Refresh the open screen when it opens, when another run is selected, and at every tick.
+        """Refresh the open screen when it opens, when another run is selected, and when a run has changed.
 
-        Only the open screen is refreshed, so a tick costs one request whatever the number of screens.
+        Only the open screen is refreshed, so this costs the same whatever the number of screens.
 
         Args:
             opened: the tabs by screen name.
         """
         known_runs = gr.State([])
-        refresh_triggers = list(self.refresh_triggers.values())
 
         @show_errors
-        def refresh(active_tab: str, before: list[list[str]], request: gr.Request) -> list[Any]:
-            now = self._states(request)
-            # One tick after the last run has ended, so that the page shows its final state.
-            clock = gr.Timer(active=False) if now == before and not _any_active(now) else gr.skip()
-            return [now, clock, *self._refresh_triggers_of(active_tab)]
-
-        @show_errors
-        def refresh_opened(name: str, request: gr.Request) -> list[Any]:
-            now = self._states(request)
-            return [now, gr.Timer(active=True) if _any_active(now) else gr.skip(), *self._refresh_triggers_of(name)]
+        def refresh(active_tab: str, request: gr.Request) -> list[Any]:
+            runs = views(self.settings.workspace(request))
+            return [[[view.id, view.state] for view in runs], *self._refresh_triggers_of(active_tab)]
 
         @show_errors
         def update_choices(request: gr.Request) -> gr.Dropdown:
             return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
 
-        self.clock.tick(
-            refresh,
-            [self.active_tab, known_runs],
-            [known_runs, self.clock, *refresh_triggers],
-            trigger_mode="always_last",
-            **QUIET,
-        )
         for name, tab in opened.items():
             tab.select(partial(_name, name), None, self.active_tab, **QUIET)
-        for event in (self.page.load, self.picked.change, self.active_tab.change):
-            event(refresh_opened, self.active_tab, [known_runs, self.clock, *refresh_triggers], **QUIET)
+        begun = [self.page.load, self.refresh.click, self.picked.change, self.active_tab.change]
+        gr.on(begun, refresh, self.active_tab, [known_runs, *self.refresh_triggers.values()], trigger_mode="always_last", **QUIET)
         # A separate listener: as an output of each refresh, the list of runs would change and trigger another one.
         known_runs.change(update_choices, None, self.run, **QUIET)
-
-    def _states(self, request: gr.Request) -> list[list[str]]:
-        """The id and the state of every run."""
-        return [[view.id, view.state] for view in views(self.settings.workspace(request))]
 
     def _refresh_triggers_of(self, active_tab: str) -> list[Any]:
         return [time.time() if name == active_tab else gr.skip() for name in self.refresh_triggers]
@@ -251,10 +231,6 @@ def _name(name: str) -> str:
 
 def _identity(value: Any) -> Any:
     return value
-
-
-def _any_active(states: list[list[str]]) -> bool:
-    return any(state in ACTIVE for _, state in states)
 
 
 def _choices(runs: list[RunView]) -> list[tuple[str, str]]:

@@ -105,12 +105,14 @@ class Guard:
         app: Gradio's app.
         settings: the settings of the server.
         cache: Gradio's folder of cached files.
+        head: HTML for the head of the page.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, cache: Path) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, cache: Path, head: str) -> None:
         self._app = app
         self._settings = settings
         self._cache = cache
+        self._head = head.encode()
         self._owners = Owners()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +125,7 @@ class Guard:
         nonce = secrets.token_hex(16)
         send = _with_headers(send, FILE_POLICY if path.startswith(FILE) else PAGE_POLICY.format(nonce=nonce))
         if path == "/":
-            send = _with_nonce(send, nonce)
+            send = _page(send, self._head, nonce)
         try:
             receive, send = await self._checked(scope, headers, receive, send)
         except Refusal as refusal:
@@ -164,6 +166,7 @@ class Guard:
             if PUBLIC_PATHS.fullmatch(path):
                 return receive, send
             raise Refusal(401, "You are not signed in. Reload the page and sign in.")
+        scope["user"] = user
         named = f"{path}?{scope['query_string'].decode('latin-1')}".encode()
         sessions = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])
         sessions += SESSION_IN_PATH.findall(path)
@@ -266,14 +269,18 @@ def _with_headers(send: Send, policy: str) -> Send:
     return sent
 
 
-def _with_nonce(send: Send, nonce: str) -> Send:
-    """`send` that adds `nonce` to the page's script tags; without quotes, because some tags are inside strings of a script."""
+def _page(send: Send, head: bytes, nonce: str) -> Send:
+    """`send` that puts `head` into the page and adds `nonce` to its script tags.
+
+    Without quotes, because some tags are inside strings of a script.
+    """
     held: list[Message] = []
 
     async def sent(message: Message) -> None:
         held.append(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            body = b"".join(part.get("body", b"") for part in held[1:]).replace(b"<script", b"<script nonce=" + nonce.encode())
+            body = b"".join(part.get("body", b"") for part in held[1:]).replace(b"<head>", b"<head>" + head, 1)
+            body = body.replace(b"<script", b"<script nonce=" + nonce.encode())
             headers = MutableHeaders(scope=held[0])
             if "content-length" in headers and body:
                 headers["content-length"] = str(len(body))

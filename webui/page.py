@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import parse_qs
 
 import gradio as gr
 
-from webui import event_streams
 from webui.api import build_api
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
-from webui.context import EMPTY_DRAFT, POLL_SECONDS, AppContext, followed, show_errors
+from webui.context import EMPTY_DRAFT, QUIET, AppContext, followed, show_errors
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
 
-HEADER = '<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of images.</p></header>'
+# For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
+SCRIPT = Path(__file__).with_suffix(".js").read_text()
+# Gradio's loading screen counts its seconds at every frame and goes on when it is gone, which keeps the processor busy. It takes
+# `requestAnimationFrame` before page.js runs.
+HEAD = """<script>{
+  const request = window.requestAnimationFrame.bind(window), isStopwatch = /performance\\.now\\(\\) *- *[^;]+\\/ *1e3/;
+  window.requestAnimationFrame = (callback) => (isStopwatch.test(callback) ? 0 : request(callback));
+}</script>"""
+HEADER = """<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of images.</p></header>
+<p id="activity" role="status" hidden>
+  <a href="?tab=train"></a> <span></span> <button type="button">Notify me at the end</button>
+</p>"""
 SCREENS: dict[str, tuple[str, ModuleType]] = {
     "photos": ("1 Photos", photos),
     "check": ("2 Check", check),
@@ -28,7 +40,7 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
-        event_streams.build()
+        reopens_event_stream()
         gr.HTML(HEADER)
         context = _context(page, settings)
         # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
@@ -40,13 +52,34 @@ def build_page(settings: Settings) -> gr.Blocks:
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}") as opened[name]:
                     screen.build(context)
         context.attach_refreshes(opened)
-
-        @show_errors
-        def on_load(request: gr.Request) -> list[dict[str, object]]:
-            return context.show(settings.workspace(request))
-
-        page.load(on_load, outputs=context.outputs, api_visibility="private")
+        _follow_address(context, opened)
+        for listener in page.fns.values():
+            # The busy line shows progress. Each component that an event marks as loading would be updated at all later events.
+            listener.show_progress_on = listener.show_progress_on or []
     return page
+
+
+def reopens_event_stream() -> None:
+    """Put the button that page.js clicks to open a new event stream into the open page."""
+    gr.Button(visible="hidden", elem_id="reopen-event-stream").click(lambda: None, **QUIET)
+
+
+def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
+    """Open the screen and select the run that the page's address names, and let page.js change the address."""
+    query = gr.Textbox(visible=False)
+
+    @show_errors
+    def open_address(query: str, request: gr.Request) -> list[dict[str, object]]:
+        named = {name: values[-1] for name, values in parse_qs((query or "").removeprefix("?")).items()}
+        tab = named.get("tab")
+        return context.show(context.settings.workspace(request), named.get("run"), tab if tab in SCREENS else None)
+
+    context.page.load(open_address, query, context.outputs, js="() => [location.search]", **QUIET)
+    button = gr.Button(visible="hidden", elem_id="open-address")
+    button.click(open_address, query, context.outputs, js="() => [noraVision.query()]", **QUIET)
+    for name, tab in opened.items():
+        tab.select(None, js=f"() => noraVision.shows('tab', '{name}')", **QUIET)
+    context.run.change(None, context.run, js="run => noraVision.shows('run', run)", trigger_mode="multiple", **QUIET)
 
 
 def _context(page: gr.Blocks, settings: Settings) -> AppContext:
@@ -61,11 +94,11 @@ def _context(page: gr.Blocks, settings: Settings) -> AppContext:
         picked=followed(run),
         step=gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False),
         chosen=gr.State(None),
-        tabs=gr.Tabs(elem_id="screens"),
+        tabs=gr.Tabs(elem_id="screens", overflow_behavior="wrap"),
         draft=draft,
         draft_changed=followed(draft),
         class_draft=gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify"),
-        clock=gr.Timer(POLL_SECONDS, active=False),
+        refresh=gr.Button(visible="hidden", elem_id="refresh"),
         active_tab=gr.State(next(iter(SCREENS))),
         refresh_triggers={name: gr.State(0.0) for name in SCREENS},
     )

@@ -244,3 +244,21 @@ def losses(view: RunView) -> str:
 
 def _heldout(curve: Sequence[Measured]) -> list[Series]:
     return [Series("validation loss", [(point.step, point.heldout) for point in curve], "marks", 2)]
+
+
+def share_done(view: RunView) -> float | None:
+    """The share of the whole run that is done, of runs without a plan that of the current phase; None if unknown."""
+    return view.share_done if view.status.share is None else view.status.share
+
+
+def sentence(view: RunView) -> str:
+    """What a run is doing, as one line of text."""
+    doing = phase_title(view.status) if view.state == "running" else view.reason or _headline(view)
+    share, left = (share_done(view), view.status.seconds_left) if view.state == "running" else (None, None)
+    words = [
+        view.name,
+        doing.partition(":")[0],
+        "" if share is None else f"{share:.0%}",
+        f"{duration(left)} left" if left else "",
+    ]
+    return " · ".join(each for each in words if each)

@@ -1,12 +1,10 @@
-"""The server: its options, their checks, and Gradio with all unneeded features disabled.
-
-Gradio is imported after the options are checked, so that a wrong option is reported at once.
-"""
+"""The server: its options, their checks, and Gradio with all unneeded features disabled."""
 
 from __future__ import annotations
 
 import argparse
 import getpass
+import hashlib
 import logging
 import os
 import signal
@@ -14,16 +12,26 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from pipelines.errors import InputError
+from training.runs.run_files import METRICS, STEP
+from training.runs.run_log import LOG
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
+from webui.guard import Guard
 from webui.inference_worker import WORKER
+from webui.page import HEAD, SCRIPT, build_page
+from webui.progress import sentence, share_done
+from webui.runs import RunView, views
 from webui.settings import Settings, app_command, is_loopback
-
-if TYPE_CHECKING:
-    import gradio as gr
+from webui.theme import STYLE, theme
 
 logger = logging.getLogger("webui")
 
@@ -35,6 +43,8 @@ SIGN_IN = "Sign in with your name and password. After five wrong passwords, wait
 # Hidden, so that it cannot be the name of an account or a dataset.
 CACHE = ".cache"
 CACHE_SECONDS = 86400
+# The ended runs of which the page hears, so that it can tell that one has ended.
+RECENT_RUNS = 20
 # Gradio's environment variables that are not overwritten: harmless, and without an option here.
 KEPT_VARIABLES = frozenset({"GRADIO_ROOT_PATH"})
 
@@ -141,17 +151,10 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
     Raises: InputError if the port is taken.
     """
     _prepare_environment(settings.sets_dir / CACHE)
-    from starlette.middleware import Middleware
-
-    from webui.event_streams import SCRIPT
-    from webui.guard import Guard
-    from webui.page import build_page
-    from webui.theme import STYLE, theme
-
     page, accounts = build_page(settings), None
     if settings.accounts is not None:
         accounts = Accounts(settings.accounts)
-    guard = Middleware(Guard, settings=settings, cache=settings.sets_dir / CACHE)
+    guard = Middleware(Guard, settings=settings, cache=settings.sets_dir / CACHE, head=HEAD)
     try:
         app, _, _ = page.launch(
             server_name=settings.host,
@@ -160,7 +163,7 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
             inbrowser=in_browser,
             auth=None if accounts is None else LoginGate(accounts).admits,
             auth_message=None if accounts is None else SIGN_IN,
-            app_kwargs={"middleware": [guard]},
+            app_kwargs={"middleware": [guard], "routes": [activity_route(settings)]},
             theme=theme(),
             css_paths=[STYLE],
             js=SCRIPT,
@@ -173,6 +176,38 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
         app.tokens = Sessions(accounts)
     WORKER.start()
     return page
+
+
+def activity_route(settings: Settings) -> Route:
+    """The address that page.js asks for changes: what runs, and a text that differs after every change of a run."""
+
+    def activity(request: Request) -> JSONResponse:
+        runs = views(settings.workspace_of(request.scope.get("user")))
+        shown = [view for view in runs if view.is_active] + [view for view in runs if not view.is_active][:RECENT_RUNS]
+        changes = repr([(view.id, view.state, *(_changes_of(view) if view.is_active else ())) for view in runs])
+        revision = hashlib.sha256(changes.encode()).hexdigest()
+        return JSONResponse({"revision": revision, "runs": [_described(view) for view in shown]})
+
+    return Route("/activity", activity)
+
+
+def _described(view: RunView) -> dict[str, object]:
+    share = share_done(view)
+    return {
+        "id": view.id,
+        "name": view.name,
+        "state": view.state,
+        "active": view.is_active,
+        "percent": None if share is None else round(100 * share),
+        "sentence": sentence(view),
+    }
+
+
+def _changes_of(view: RunView) -> list[object]:
+    """What differs when the process of a run has written something. A heartbeat alone changes nothing."""
+    path, samples = view.record.path, view.record.samples
+    written = (path / METRICS, path / LOG, path / "adapters", samples, *samples.glob(f"{STEP}*"))
+    return [replace(view.status, heartbeat=None), *(each.stat().st_mtime_ns for each in written if each.exists())]
 
 
 def _prepare_environment(cache: Path) -> None:

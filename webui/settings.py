@@ -45,9 +45,15 @@ class Settings:
 
         Raises: InputError if accounts are in use and the user is not signed in.
         """
+        return self.workspace_of(None if request is None else request.username)
+
+    def workspace_of(self, user: str | None) -> Workspace:
+        """The workspace of a signed-in user.
+
+        Raises: InputError if accounts are in use and `user` is not the name of one.
+        """
         if self.accounts is None:
             return Workspace(self.runs_dir, self.sets_dir, None, self.is_local, self.base_models)
-        user = None if request is None else request.username
         if not user or not ID.fullmatch(user):
             raise InputError("You are not signed in. Reload the page and sign in.")
         return Workspace(self.runs_dir / user, self.sets_dir / user, user, self.is_local, self.base_models)

@@ -1,4 +1,4 @@
-"""The app context: when each screen is refreshed, and that no requests are sent while no run is active."""
+"""The app context: when each screen is refreshed, and what the page's address opens."""
 
 import warnings
 from collections import Counter
@@ -51,39 +51,28 @@ def beating(updates):
     return [name for name, update in zip(SCREENS, updates, strict=True) if update != gr.skip()]
 
 
-def test_a_tick_sends_one_request_and_refreshes_only_the_open_screen(page, workspace):
-    ticking = [fn for fn in page.fns.values() if any(event == "tick" for _, event in fn.targets) and fn.name == "refresh"]
-    assert len(ticking) == 1
+def test_a_change_of_a_run_refreshes_only_the_open_screen(page, workspace):
+    (button,) = [number for number, block in page.blocks.items() if getattr(block, "elem_id", None) == "refresh"]
+    assert len([fn for fn in page.fns.values() if (button, "click") in fn.targets]) == 1
     run_in(workspace.runs / "a")
     for front in SCREENS:
-        _, clock, *refresh_triggers = listener(page, "refresh").fn(front, [["a", "running"]], None)
+        now, *refresh_triggers = listener(page, "refresh").fn(front, None)
+        assert now == [["a", "running"]]
         assert beating(refresh_triggers) == [front]
-        assert clock == gr.skip()
-
-
-def test_the_clock_stops_one_tick_after_the_last_run_has_ended(page, workspace):
-    run_in(workspace.runs / "a", "done")
-    refresh = listener(page, "refresh").fn
-    now, clock, *refresh_triggers = refresh("judge", [["a", "running"]], None)
-    assert (now, clock, beating(refresh_triggers)) == ([["a", "done"]], gr.skip(), ["judge"])
-    assert refresh("judge", now, None)[1].active is False
-
-
-@pytest.mark.parametrize(("state", "goes"), [("queued", True), ("running", True), ("interrupted", False), ("done", False)])
-def test_opening_a_screen_refreshes_it_and_starts_the_clock_if_a_run_is_active(page, workspace, state, goes):
-    run_in(workspace.runs / "a", state)
-    now, clock, *refresh_triggers = listener(page, "refresh_opened").fn("runs", None)
-    assert now == [["a", state]]
-    assert beating(refresh_triggers) == ["runs"]
-    assert (clock != gr.skip() and clock.active) is goes
 
 
 def test_the_page_opens_with_the_active_run_else_the_newest(page, workspace):
-    come_back = listener(page, "on_load", of="build_page")
-    assert come_back.fn(None)[0].value is None
+    come_back = listener(page, "open_address", of="_follow_address")
+    assert come_back.fn("", None)[0].value is None
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")
-    run, _, clock = come_back.fn(None)
-    assert run.value == "a"
+    run, tabs = come_back.fn("?tab=nowhere&run=../b", None)
+    assert (run.value, tabs) == ("a", gr.skip())
     assert [run_id for _, run_id in run.choices] == ["b", "a"]
-    assert clock.active is True
+
+
+def test_the_page_opens_with_the_run_and_the_screen_of_its_address(page, workspace):
+    run_in(workspace.runs / "a", "running")
+    run_in(workspace.runs / "b", "done")
+    run, tabs = listener(page, "open_address", of="_follow_address").fn("?tab=judge&run=b", None)
+    assert (run.value, tabs.selected) == ("b", "judge")

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 from starlette.middleware import Middleware
 
-from webui import event_streams
+from webui.page import SCRIPT, reopens_event_stream
 
 
 class SlowClosing:
@@ -29,13 +29,13 @@ class SlowClosing:
 def url():
     """The address of a page on which each click causes a chain of three events."""
     with gr.Blocks(analytics_enabled=False) as page:
-        event_streams.build()
+        reopens_event_stream()
         number, text, copy = gr.State(0), gr.Textbox(), gr.Textbox(elem_id="copy")
         gr.Button("Count", elem_id="count").click(lambda value: value + 1, number, number)
         number.change(str, number, text)
         text.change(lambda value: f"{value} clicks", text, copy)
     _, address, _ = page.launch(
-        js=event_streams.SCRIPT,
+        js=SCRIPT,
         quiet=True,
         prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(SlowClosing)]},

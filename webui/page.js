@@ -1,0 +1,199 @@
+/* What the page does beside Gradio: it looks for changes of runs, shows what is running, keeps the address up to date, notifies, and
+reopens event streams. The hidden buttons that it clicks, and the listeners that call `window.noraVision`, are in `webui/page.py`. */
+() => {
+  const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100;
+  // How often a screen is refreshed while a run goes on. The others are refreshed when the state of a run changes.
+  const REFRESH_MS = { train: 5000, judge: 10000, runs: 10000, classify: 10000, use: 10000 };
+  const TITLE = document.title;
+  const click = (id) => document.getElementById(id)?.click();
+  const fetchFromServer = window.fetch;
+
+  /* ---- Runs: looked for by one small request; the open screen is refreshed only when something has changed ---- */
+  let revision = null, states = new Map(), refreshed = 0, looked = 0, timer = null;
+
+  async function look() {
+    clearTimeout(timer);
+    looked = performance.now();
+    if (!document.getElementById("activity")) return (timer = setTimeout(look, ACTIVE_MS));
+    let active = false;
+    try {
+      const response = await fetchFromServer("activity", { cache: "no-store" });
+      // The session has ended: the page of the server asks for the password.
+      if (response.status === 401) return location.reload();
+      if (response.ok) active = show(await response.json());
+    } catch {
+      // The server cannot be reached; Gradio tells the user.
+    }
+    timer = setTimeout(look, active && !document.hidden ? ACTIVE_MS : IDLE_MS);
+  }
+
+  function show(activity) {
+    const before = states;
+    states = new Map(activity.runs.map((run) => [run.id, run]));
+    const active = activity.runs.filter((run) => run.active);
+    showLine(active);
+    for (const run of activity.runs) if (!run.active && before.get(run.id)?.active) notify(run);
+    refreshIfChanged(activity.revision, [...states].some(([id, run]) => before.get(id)?.state !== run.state));
+    return active.length > 0;
+  }
+
+  function refreshIfChanged(now, isNewState) {
+    if (now === revision || document.hidden) return;
+    if (revision !== null) {
+      const wait = REFRESH_MS[new URLSearchParams(query()).get("tab")] ?? Infinity;
+      if (!isNewState && performance.now() - refreshed < wait) return;
+      click("refresh");
+    }
+    revision = now;
+    refreshed = performance.now();
+  }
+
+  function showLine(active) {
+    const line = document.getElementById("activity"), [link, others, button] = line.querySelectorAll("a, span, button");
+    const run = active.find((each) => each.state === "running") ?? active[0];
+    const percent = run?.percent == null ? "" : `${run.percent}% `;
+    const title = run ? `${percent}${run.name} · ${TITLE}` : TITLE;
+    set(document, "title", title);
+    set(line, "hidden", !run);
+    if (!run) return;
+    set(link, "textContent", run.sentence);
+    set(link, "href", addressOf({ tab: "train", run: run.id }));
+    set(others, "textContent", active.length > 1 ? `and ${active.length - 1} more in the queue` : "");
+    set(button, "hidden", !window.Notification || Notification.permission !== "default");
+    line.style.setProperty("--share", (run.percent ?? 0) / 100);
+  }
+
+  /* Unchanged values are not set, since each change costs a layout and is read out. */
+  function set(element, name, value) {
+    if (element[name] !== value) element[name] = value;
+  }
+
+  function notify(run) {
+    if (!window.Notification || Notification.permission !== "granted") return;
+    const note = new Notification(`${run.name}: ${run.state}`, { body: run.sentence, icon: "favicon.ico", tag: run.id });
+    note.onclick = () => {
+      window.focus();
+      open(addressOf({ tab: "train", run: run.id }));
+    };
+  }
+
+  document.addEventListener("visibilitychange", () => document.hidden || look());
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("#activity a");
+    if (link) {
+      event.preventDefault();
+      open(link.href);
+    } else if (event.target.closest("#activity button")) {
+      Notification.requestPermission().then(look);
+    }
+  });
+
+  /* ---- The address names the open screen and the selected run ---- */
+  function addressOf(changes) {
+    const address = new URL(location.href);
+    for (const [name, value] of Object.entries(changes)) value ? address.searchParams.set(name, value) : address.searchParams.delete(name);
+    return address.href;
+  }
+
+  function open(address) {
+    if (address !== location.href) history.pushState(null, "", address);
+    click("open-address");
+  }
+
+  /* A run that the page selects by itself when it opens is no step back. */
+  function shows(name, value) {
+    const query = new URLSearchParams(location.search);
+    if (!value || query.get(name) === value) return;
+    const isFirst = name === "run" && !query.has("run");
+    history[isFirst ? "replaceState" : "pushState"](null, "", addressOf({ [name]: value }));
+  }
+
+  window.addEventListener("popstate", () => click("open-address"));
+  /* The address at which the page was opened may name no screen: it shows the first one. */
+  function query() {
+    return new URL(addressOf({ tab: new URLSearchParams(location.search).get("tab") ?? "photos" })).search;
+  }
+
+  window.noraVision = { query, shows };
+
+  /* ---- Ctrl+Enter presses the main button of the screen ---- */
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    const button = [...document.querySelectorAll(".ctrl-enter")].find((each) => each.checkVisibility() && !each.disabled);
+    if (!button) return;
+    event.preventDefault();
+    button.click();
+  });
+
+  /* ---- Event streams ----
+  Gradio's server closes a page's event stream when no event is pending. A page that sends another event before it has read this
+  believes that the stream is open, and waits for the response until a later event opens a new stream. */
+  const COMPLETED = /^data: \{"msg":"process_completed","event_id":"([^"]+)"/;
+  const pending = new Map(), completed = new Set();
+  let openStreams = 0;
+
+  async function addEvent(response) {
+    const { event_id } = await response.json();
+    if (!event_id || completed.delete(event_id)) return;
+    pending.set(event_id, performance.now());
+    setTimeout(showBusy, BUSY_MS);
+  }
+
+  async function readStream(response) {
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      const lines = (rest + part.value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) complete(line.match(COMPLETED)?.[1]);
+    }
+  }
+
+  function complete(event) {
+    if (!event) return;
+    if (!pending.delete(event)) completed.add(event);
+    showBusy();
+    // What the user did may have started or changed a run.
+    if (performance.now() - looked > ANSWER_MS) look();
+  }
+
+  /* A line at the top of the page while an answer takes longer. */
+  function showBusy() {
+    const isBusy = [...pending.values()].some((since) => performance.now() - since >= BUSY_MS - 1);
+    if (document.body.hasAttribute("data-busy") !== isBusy) document.body.toggleAttribute("data-busy", isBusy);
+  }
+
+  function reopen() {
+    if (openStreams > 0 || pending.size === 0) return;
+    // Each event is waited for once: a cancelled one has no response.
+    pending.clear();
+    showBusy();
+    click("reopen-event-stream");
+  }
+
+  window.fetch = async (resource, options) => {
+    const url = resource instanceof Request ? resource.url : String(resource);
+    if (url.includes("/gradio_api/queue/join")) {
+      const response = await fetchFromServer(resource, options);
+      if (response.ok) await addEvent(response.clone());
+      return response;
+    }
+    if (!url.includes("/gradio_api/queue/data")) return fetchFromServer(resource, options);
+    openStreams += 1;
+    const ended = () => {
+      openStreams -= 1;
+      setTimeout(reopen, REOPEN_MS);
+    };
+    try {
+      const response = await fetchFromServer(resource, options);
+      // The page aborts the request when it has read that the stream is closed.
+      readStream(response.clone()).catch(() => {}).finally(ended);
+      return response;
+    } catch (error) {
+      ended();
+      throw error;
+    }
+  };
+
+  look();
+}
