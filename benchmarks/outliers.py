@@ -18,7 +18,6 @@ from pipelines.built_in import ASSETS
 from pipelines.images import is_image
 from pipelines.subject.outliers import MIN_SIMILARITY, similarities
 
-SETS = 500
 Subjects = dict[str, list[Path]]
 
 
@@ -39,25 +38,27 @@ def one_of_each(subjects: Subjects, generator: random.Random) -> tuple[list[Path
     return [generator.choice(photos) for photos in subjects.values()], len(subjects)
 
 
-def measure(make: Callable[[Subjects, random.Random], tuple[list[Path], int]], subjects: Subjects) -> str:
+def measure(make: Callable[[Subjects, random.Random], tuple[list[Path], int]], subjects: Subjects, sets: int) -> str:
     """The shares of sets with a reported photo of the subject, and of others."""
     generator, same, other = random.Random(0), 0, 0
-    for _ in range(SETS):
+    for _ in range(sets):
         photos, count = make(subjects, generator)
         below = [value < MIN_SIMILARITY for value in similarities(photos)]
         same += any(below[: len(photos) - count])
         other += any(below[len(photos) - count :])
-    return f"{make.__name__}: a photo of the subject in {same / SETS:.1%} of the sets, one of others in {other / SETS:.1%}"
+    return f"{make.__name__}: a photo of the subject in {same / sets:.1%} of the sets, one of others in {other / sets:.1%}"
 
 
 def main() -> None:
     """Print the shares for each kind of set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=Path, required=True, help="folder with a folder of photos for each subject")
-    folders = [folder for folder in sorted(parser.parse_args().subjects.iterdir()) if folder.is_dir()]
+    parser.add_argument("--sets", type=int, default=500, help="number of random sets of each kind")
+    options = parser.parse_args()
+    folders = [folder for folder in sorted(options.subjects.iterdir()) if folder.is_dir()]
     subjects = {folder.name: sorted(filter(is_image, folder.iterdir())) for folder in [*folders, ASSETS / "sample-subject"]}
     for make in (of_one_subject, with_one_other, one_of_each):
-        sys.stdout.write(measure(make, subjects) + "\n")
+        sys.stdout.write(measure(make, subjects, options.sets) + "\n")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ SHORT_PROGRAMS = {
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
+    "benchmarks/outliers.py": "--sets 4",
     "benchmarks/output_errors.py": "--ranks 4",
     "benchmarks/small_adapter.py": "--layers 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
