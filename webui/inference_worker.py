@@ -21,7 +21,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipelines.built_in import import_path
 from pipelines.errors import InputError
@@ -35,6 +35,8 @@ ENDED = (
 FILE_THREADS = 2
 # The number of the reply that the process sends when its libraries are loaded: whether its models are on a GPU.
 READY = -1
+# A connection to a process, and a function that waits for its end and returns its exit code.
+Launched = tuple[Connection, Callable[[], int]]
 
 
 class InferenceError(RuntimeError):
@@ -64,14 +66,7 @@ class Reply:
     value: Any
 
 
-class Process(Protocol):
-    """What the page's side needs of a started process."""
-
-    def wait(self) -> int:
-        """Wait for its end; returns its exit code."""
-
-
-def launch(jobs: str = "webui.inference_jobs") -> tuple[Connection, Process]:
+def launch(jobs: str = "webui.inference_jobs") -> Launched:
     """Start the worker process in a session of its own, where no Ctrl-C reaches it. It ends when the connection is closed.
 
     Args:
@@ -79,19 +74,17 @@ def launch(jobs: str = "webui.inference_jobs") -> tuple[Connection, Process]:
     """
     ours, theirs = Pipe()
     with theirs:
-        command = [sys.executable, "-P", "-m", jobs, str(theirs.fileno())]
+        command, fds = [sys.executable, "-P", "-m", jobs, str(theirs.fileno())], [theirs.fileno()]
         environment = os.environ | import_path()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()], start_new_session=True
-        )
-    return ours, process
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, pass_fds=fds, start_new_session=True)
+    return ours, process.wait
 
 
 class _Started:
     """A process that was started, and the requests in flight."""
 
-    def __init__(self, connection: Connection, process: Process) -> None:
-        self.process, self.on_gpu, self.has_ended = process, False, False
+    def __init__(self, connection: Connection, wait: Callable[[], int]) -> None:
+        self.on_gpu, self.has_ended, self._wait = False, False, wait
         self._connection, self._lock = connection, threading.Lock()
         self._replies: dict[int, SimpleQueue[Reply]] = {}
         threading.Thread(target=self._receive, daemon=True, name="worker replies").start()
@@ -130,7 +123,7 @@ class _Started:
                 for number, replies in self._replies.items():
                     replies.put(Reply(number, "error", InputError(ENDED)))
                 self._connection.close()
-        if code := self.process.wait():
+        if code := self._wait():
             logger.warning("The worker process has ended with exit code %s; the next request starts another one", code)
 
     def _pass_on(self, reply: Reply) -> None:
@@ -172,7 +165,7 @@ class InferenceWorker:
         launch: starts a process.
     """
 
-    def __init__(self, launch: Callable[[], tuple[Connection, Process]] = launch) -> None:
+    def __init__(self, launch: Callable[[], Launched] = launch) -> None:
         self.launch, self._lock = launch, threading.Lock()
         self._numbers, self._started = itertools.count(), None
 

@@ -2,24 +2,14 @@
 
 import threading
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 
 from webui import inference_jobs
-from webui.inference_worker import serve
+from webui.inference_worker import Launched, serve
 
 
-class ServingThread(threading.Thread):
-    """Has the interface of a process."""
-
-    def wait(self) -> int:
-        """Wait for its end."""
-        self.join()
-        return 0
-
-
-def launch_thread() -> tuple[Connection, ServingThread]:
+def launch_thread() -> Launched:
     """In place of `webui.inference_worker.launch`."""
     ours, theirs = Pipe()
-    thread = ServingThread(target=serve, args=(theirs, inference_jobs), daemon=True)
+    thread = threading.Thread(target=serve, args=(theirs, inference_jobs), daemon=True)
     thread.start()
-    return ours, thread
+    return ours, lambda: thread.join() or 0
