@@ -27,7 +27,9 @@ COLOURS = {"ruby": (200, 40, 40), "leaf": (40, 180, 60), "sea": (40, 70, 200)}
 def coloured(name, place, side=24):
     """The PNG content of an image of the colour; it differs for each index."""
     rng = np.random.default_rng([place, *name.encode()])
-    pixels = np.clip(np.array(COLOURS[name.rstrip("0123456789")]) + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(np.array(COLOURS[name.rstrip("0123456789")]) + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(
+        np.uint8
+    )
     stored = io.BytesIO()
     Image.fromarray(pixels).save(stored, "PNG")
     return stored.getvalue()

@@ -154,6 +154,4 @@ def test_the_list_of_classifiers_follows_the_run_that_is_selected_elsewhere_once
     listed, part, seen = renew(record.path.name, None, None, None)
     assert (listed.value, part.selected, seen) == (record.path.name, "result", record.path.name)
     assert renew(record.path.name, None, seen, None)[1] == gr.skip()
-    titles = listener(page, "classify", "keep")([], None)
-    assert len(titles) == len(listed.choices)
-    assert listener(page, "classify", "keep")(titles, None) == gr.skip()
+    assert record.path.name in [run_id for _, run_id in listed.choices]

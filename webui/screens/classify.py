@@ -44,28 +44,19 @@ def build(app: AppContext) -> None:
 
 def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
     """Keep the list of classifiers up to date, and show the classifier that is selected on other screens."""
-    tab, settings = steps.parent, app.settings
-    titles, followed_run = gr.State([]), gr.State(None)
+    last_elsewhere, refreshed = gr.State(None), app.refresh_triggers["classify"]
 
     @show_errors
     def renew(elsewhere: str | None, chosen: str | None, before: str | None, request: gr.Request) -> list[Any]:
-        runs = classifier_views(settings.workspace(request))
-        is_new = elsewhere != before and elsewhere in [view.id for view in runs]
-        updated = _listed(runs, elsewhere if is_new else chosen)
-        is_done = is_new and next(view for view in runs if view.id == elsewhere).state == "done"
-        return [updated, gr.Tabs(selected="result") if is_done else gr.skip(), elsewhere]
+        runs = classifier_views(app.settings.workspace(request))
+        states = {view.id: view.state for view in runs}
+        is_new = elsewhere != before and elsewhere in states
+        part = gr.Tabs(selected="result") if is_new and states[elsewhere] == "done" else gr.skip()
+        return [_listed(runs, elsewhere if is_new else chosen), part, elsewhere]
 
-    @show_errors
-    def keep(before: list[str], request: gr.Request) -> Any:
-        now = [view.title for view in classifier_views(settings.workspace(request))]
-        return gr.skip() if now == before else now
-
-    given, outputs = [app.run, run, followed_run], [run, steps, followed_run]
-    gr.on([app.page.load, tab.select, titles.change], renew, given, outputs, **QUIET)
-    # The dropdown is not an output of the timer event, because Gradio counts every output as a change.
-    app.refresh_triggers["classify"].change(keep, [titles], [titles], **QUIET)
-    events = [tab.select, steps.select, run.change, titles.change]
-    gr.on(events, time.time, None, opened, trigger_mode="always_last", **QUIET)
+    given, outputs = [app.run, run, last_elsewhere], [run, steps, last_elsewhere]
+    gr.on([app.page.load, refreshed.change], renew, given, outputs, **QUIET)
+    gr.on([refreshed.change, steps.select, run.change], time.time, None, opened, trigger_mode="always_last", **QUIET)
 
 
 def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
