@@ -27,7 +27,7 @@ SCORES = """Scores of the samples by {scorer}: the mean similarity to the traini
 similarity to a single training image (a copy from {limit:.3f} on), and the highest correlation of a thumbnail with one (a copy
 from {threshold:.2f} on). They can be compared within this table only.
 
-| step | subject | prompt | nearest image | thumbnail | held-out loss |
+| step | subject | prompt | nearest image | thumbnail | validation loss |
 |---|---|---|---|---|---|
 {rows}"""
 IMPORTS = "from diffusers import StableDiffusionXLPipeline"
@@ -156,7 +156,7 @@ def scorer_name(name: str, private: bool = False) -> str:
 
 
 def _findings(run: RunDirectory, scorer: str) -> list[str]:
-    """The results of the run: held-out losses, recommended step, warnings, scores by `scorer`, certificate."""
+    """The results of the run: validation losses, recommended step, warnings, scores by `scorer`, certificate."""
     lines = []
     losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     if losses:
@@ -226,7 +226,7 @@ def _compatibility(options: SubjectOptions) -> list[str]:
 
 
 def _scores_table(suggestion: Suggestion, scorer: str) -> str:
-    """The scores of the samples and the held-out loss by step, as a Markdown table."""
+    """The scores of the samples and the validation loss by step, as a Markdown table."""
     scores = suggestion.scores
     heldout = {point.step: f"{point.heldout:.4f}" for point in suggestion.curve}
     names = {0: "base model", suggestion.step: f"**{suggestion.step}, recommended**"}

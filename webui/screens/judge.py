@@ -173,8 +173,9 @@ def measurements(view: RunView) -> Markup:
     cells = {name: {step: _number(name, value) for step, value in column.items()} for name, column in measured.items()}
     cells |= _preferred(view)
     rows = [[judge.step_name(step, recommended), *(column.get(step, "") for column in cells.values())] for step in steps]
-    table = parts.table(["Step", *cells], rows, css="figures")
-    return table + _missing(view, max(measured.get("Validation loss", {}), default=None), steps[-1])
+    gaps = parts.note("An empty cell was not measured at that step.") if any("" in row for row in rows) else Markup("")
+    losses = _missing(view, max(measured.get("Validation loss", {}), default=None), steps[-1])
+    return parts.table(["Step", *cells], rows, css="figures") + gaps + losses
 
 
 def _number(name: str, value: float) -> str:
