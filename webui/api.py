@@ -16,7 +16,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from pipelines.errors import InputError
-from webui import class_presets, launching, photo_uploads, uploads
+from webui import class_presets, launching, uploads
 from webui.context import AppContext, show_errors
 from webui.datasets import Dataset
 from webui.generation import reference_of, request_for, steps_of
@@ -195,7 +195,7 @@ def _files(given: Any) -> list[Path]:
 def _with_photos(workspace: Workspace, options: dict[str, dict[str, Any]], files: list[Path]) -> dict[str, dict[str, Any]]:
     """The options with a new dataset of the files. Raises: InputError if one is refused, which a caller would not see."""
     dataset = Dataset(workspace.new_image_set())
-    _check_added(photo_uploads.add_photos(dataset, files))
+    _check_added(uploads.add_photos(dataset, files))
     dataset.seal()
     return {**options, "data": {**options.get("data", {}), "instance_data_dir": str(dataset.folder.absolute())}}
 

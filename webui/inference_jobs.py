@@ -40,6 +40,7 @@ from pipelines.subject.generation_request import GeneratedImage, GenerationProgr
 from pipelines.subject.image_checks import Finding, check_images
 from pipelines.subject.outliers import with_outliers
 from pipelines.subject.pipeline_cache import PipelineCache
+from pipelines.untrusted_images import reencode
 from training.options import SubjectOptions
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
@@ -52,7 +53,7 @@ from webui.generation import LAYOUTS, GeneratedImages, Layout, find_adapter, las
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
 from webui.labelled_datasets import LabelledClass, LabelledClasses
 from webui.runs import read_cached
-from webui.uploads import display_name, read_upload
+from webui.uploads import display_name
 from webui.workspace import Workspace
 
 # The jobs that run one after another.
@@ -285,7 +286,7 @@ def classify(record: RunRecord, files: Sequence[str | Path], trial: str | None =
     for file in map(Path, files):
         row: dict[str, Any] = {"image": display_name(file)}
         try:
-            upload = read_upload(file, row["image"])
+            upload = reencode(file, row["image"])
             readable.append(read_image(io.BytesIO(upload.content), row["image"]))
             if upload.notes:
                 row["notes"] = list(upload.notes)

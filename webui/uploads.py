@@ -1,17 +1,18 @@
 """Uploads: images, photos of a subject with captions, zips, and adapter files.
 
-An image is identified by its content, checked against limits before it is decoded, and re-encoded under a generated name, so that
-neither metadata nor hidden content is stored. An unusable file is refused with a reason; the other files are added.
+Images are checked and re-encoded (`pipelines.untrusted_images`) and stored under generated names. Photos of a subject are put
+into a temporary folder first and scanned like a folder on the command line, so that masks, captions and kohya's folder names
+have the same meaning. An unusable file is refused with a reason; the other files are added.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -19,37 +20,18 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.fewshot.archives import ZipContent, ZipLimits, ZippedFile, read_zip
-from pipelines.fewshot.layouts import FolderLayout, arrange, check_spellings, with_test
+from pipelines.fewshot.archives import ZipLimits, read_zip
+from pipelines.fewshot.class_zips import read_class_zip
 from pipelines.fewshot.sources import DatasetSource
-from pipelines.fewshot.split_files import SPLIT_FILE, parts_of_set, split_file
-from pipelines.fewshot.split_words import Part
-from pipelines.image_decoding import SEVERAL_JPEGS, TURNED, ReadImage, decode
-from pipelines.image_formats import (
-    HEIC,
-    JPEG,
-    UPLOAD_FORMATS,
-    UPLOAD_SUFFIXES,
-    DecoderMissingError,
-    UnsupportedFormatError,
-    listed,
-)
-from pipelines.images import UNREADABLE, open_image
+from pipelines.subject.caption_files import Captions, read_captions
+from pipelines.subject.folder_entries import FolderAccount, listed
+from pipelines.subject.folder_names import CLASS_PROMPT, is_system_name, stem_of, suffix_of
+from pipelines.subject.folder_scan import scan_folder
+from pipelines.untrusted_images import UploadedImage, encoded, reencode
 from webui.datasets import SET, Dataset, DatasetImage, ImageGroup, printable_name
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
-MAX_BYTES = 25 * 2**20
-# Larger photos of phones are halved until they have at most MAX_PIXELS. A JPEG is halved while it is decoded, a HEIC only
-# afterwards, so it needs more memory. Images of other formats are refused: a bomb of few bytes can have any number of pixels.
-MAX_PIXELS = 40_000_000
-MAX_PHOTO_PIXELS = {JPEG.pillow: 128_000_000, SEVERAL_JPEGS: 128_000_000, HEIC.pillow: 64_000_000}
-# Just below the limits of JPEG and WebP.
-MAX_SIDE = 16_000
-# Images up to SDXL's resolution are stored losslessly. Larger ones are downscaled for training anyway, which hides the loss of
-# JPEG at quality 95 without chroma subsampling; a PNG of a 24-megapixel photograph takes 40 MB and ten seconds.
-LOSSLESS_PIXELS = 1024 * 1280
-JPEG_QUALITY = 95
 MAX_SETS = 500
 MAX_IMAGES = 20_000
 MAX_USER_BYTES = 8 * 2**30
@@ -60,23 +42,15 @@ BATCH = 8
 MAX_ADAPTER_BYTES = 512 * 2**20
 # The leading dot keeps it from being the id of a dataset.
 ADAPTERS = ".adapters"
+# Files of these kinds are reported with the scan's reason; all others with the upload's.
+NAMED_BY_SCAN = frozenset(
+    {"mask", "condition", "caption_without_image", "foreign_caption", "other_caption", "same_caption", "latents_cache"}
+)
+# Of a crop, in pixels, and in shares of the shorter side, since the browser rounds.
+MIN_CROP, CROP_TOLERANCE = 64, 0.01
+TEXT_SUFFIXES = frozenset({".txt", ".caption", ".csv", ".jsonl", ".json"})
 # The maximum number of sentences; the others are summarised in one.
 SENTENCES = 20
-
-
-@dataclass(frozen=True)
-class UploadedImage:
-    """A re-encoded image.
-
-    Args:
-        content: the content of the file.
-        suffix: ".png" or ".jpg".
-        notes: sentences on how it was read.
-    """
-
-    content: bytes
-    suffix: str
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -117,81 +91,6 @@ def display_name(path: str | Path) -> str:
     return printable_name(last) or "The file"
 
 
-def read_upload(file: Path | DatasetSource, name: str) -> UploadedImage:
-    """An image: upright, in sRGB, without metadata, with at most `MAX_PIXELS`.
-
-    Args:
-        name: its name in error messages.
-    Raises: InputError if it is not an image, too large or damaged.
-    """
-    content = _content(file, name)
-    try:
-        with open_image(io.BytesIO(content), name, UPLOAD_FORMATS) as opened:
-            size = opened.size
-            read = _decoded(opened, name)
-        notes = [f"{name}: {note.words} {note.advice}" for note in read.notes if note is not TURNED]
-        if read.image.width * read.image.height < size[0] * size[1]:
-            notes.append(_downscaled(name, size, read.image.size))
-        return encoded(read.image, tuple(notes))
-    except DecoderMissingError:
-        raise
-    except (UnsupportedFormatError, Image.UnidentifiedImageError) as error:
-        raise InputError(f"{name} is not a {listed(UPLOAD_FORMATS)} image. Save it in one of these formats.") from error
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} has too many pixels. Downscale it and add it again.") from error
-    except UNREADABLE as error:
-        raise InputError(f"{name} is damaged or truncated. Add it again, or export it again from the original.") from error
-
-
-def _content(file: Path | DatasetSource, name: str) -> bytes:
-    try:
-        size = file.stat().st_size if isinstance(file, Path) else file.size()
-        if size > MAX_BYTES:
-            raise InputError(
-                f"{name} is {size / 2**20:.0f} MB; an image may be at most {MAX_BYTES >> 20} MB. Save it as JPEG or downscale it."
-            )
-        return file.read_bytes() if isinstance(file, Path) else file.content()
-    except OSError as error:
-        raise InputError(f"{name} could not be read. Add it again.") from error
-
-
-def _decoded(opened: Image.Image, name: str) -> ReadImage:
-    width, height = opened.size
-    most = MAX_PHOTO_PIXELS.get(opened.format, MAX_PIXELS)
-    if width * height > most or max(opened.size) > MAX_SIDE:
-        raise InputError(
-            f"{name} is {width:,} x {height:,}; a {opened.format} image may have at most {most // 1_000_000} million pixels and "
-            f"{MAX_SIDE:,} pixels per side. Downscale it, or save it as JPEG, and add it again."
-        )
-    factor = 1
-    while width * height > MAX_PIXELS * factor**2:
-        factor *= 2
-    if factor > 1:
-        opened.draft(None, (width // factor, height // factor))
-    read = decode(opened)
-    is_full = read.image.width * read.image.height > MAX_PIXELS
-    return ReadImage(read.image.reduce(factor), read.notes) if is_full else read
-
-
-def _downscaled(name: str, before: tuple[int, int], after: tuple[int, int]) -> str:
-    pixels = before[0] * before[1] / 1_000_000
-    return f"{name} has {pixels:.0f} million pixels. It was downscaled to {after[0]:,} x {after[1]:,}, more than training uses."
-
-
-def encoded(image: Image.Image, notes: tuple[str, ...] = ()) -> UploadedImage:
-    """The pixels of an image alone, as a file."""
-    plain = Image.new("RGB", image.size)
-    plain.paste(image)
-    stream = io.BytesIO()
-    if plain.width * plain.height <= LOSSLESS_PIXELS:
-        plain.save(stream, "PNG")
-        return UploadedImage(stream.getvalue(), ".png", notes)
-    plain.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return UploadedImage(stream.getvalue(), ".jpg", notes)
-
-
 def add_images(
     dataset: Dataset, files: Sequence[str | Path | DatasetSource], class_folder: str | None = None, part: str = ""
 ) -> Added:
@@ -219,8 +118,9 @@ def add_zip(dataset: Dataset, file: str | Path) -> Added:
         file: the uploaded zip.
     Raises: InputError if the file is not a zip, exceeds a limit, has unsafe members or an ambiguous layout; nothing is added.
     """
-    added = Added()
-    for (name, part), members in _class_folders(Path(file), added).items():
+    content = read_class_zip(Path(file), display_name(file), ZIP_LIMITS)
+    added = Added(refused=content.refused, notes=content.notes)
+    for (name, part), members in content.groups.items():
         group = "" if part is None else "test" if part == "test" else "train"
         if not _add(dataset, ((entry.name, entry) for entry in members), dataset.add_class(name), group, added):
             break
@@ -263,7 +163,7 @@ def _readable(named: Iterable[tuple[str, Path | DatasetSource]], added: Added) -
     """The usable images with their names; adds the reasons for the others to `added.refused`."""
     for name, file in named:
         try:
-            yield name, read_upload(file, name)
+            yield name, reencode(file, name)
         except InputError as error:
             added.refused.append(str(error))
 
@@ -279,57 +179,171 @@ def check_quota(sets: Path, images: int, size: int) -> None:
         raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. Delete a dataset that you no longer need.")
 
 
-def _class_folders(path: Path, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
-    """The images of a zip by class and, if the zip is split, by part; other files are refused."""
-    name = display_name(path)
+@dataclass
+class _Layout:
+    """Uploaded files in a temporary folder, under the names that the user gave them.
+
+    Args:
+        folder: the temporary folder.
+        files: the uploaded files in it.
+        present: the images that are already in the dataset, to which captions may belong, and their file names there.
+    """
+
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    present: dict[Path, str] = field(default_factory=dict)
+
+    def link(self, name: str, target: Path) -> Path:
+        """Link `target` as `name`, with a number if the name is taken; returns the link."""
+        path, number = self.folder / name, 1
+        while path.is_symlink():
+            number += 1
+            path = self.folder / f"{stem_of(name)} ({number}){suffix_of(name)}"
+        path.symlink_to(target.resolve())
+        return path
+
+    def unpack(self, file: Path) -> None:
+        """Unpack a zip into the folder. Raises: InputError as `read_zip`; OSError if a file cannot be written."""
+        self.folder.mkdir()
+        for entry in read_zip(file, ZIP_LIMITS).files:
+            path = self.folder / entry.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(entry.content())
+            self.files.append(path)
+
+    def without_paths(self, sentence: str) -> str:
+        """`sentence` without the path of the temporary folder."""
+        return sentence.replace(f"{self.folder}/", "").replace(str(self.folder), self.folder.name)
+
+
+def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
+    """Add photos and captions to a dataset; captions may also belong to photos that are already there.
+
+    Args:
+        files: uploaded images, caption files (text or metadata) and zips.
+    Returns: the result; `refused` has the reason for every file that was not used.
+    Raises: InputError if the dataset no longer exists.
+    """
+    zips = [file for file in map(Path, files) if zipfile.is_zipfile(file)]
+    loose = [file for file in map(Path, files) if file not in zips]
+    added = _add_loose(dataset, loose) if loose else Added()
+    for file in zips:
+        added.extend(_add_zip(dataset, file))
+    added.summarise()
+    return added
+
+
+def add_crop(dataset: Dataset, file: str, x: float, y: float, side: float) -> str:
+    """Add a square of an image as a new one after it; returns its file.
+
+    Args:
+        x, y: the left upper corner, in units of the shorter side of the image.
+        side: the side of the square, in the same units.
+    Raises: InputError if the image does not exist, or the square is too small or outside of the image.
+    """
+    with dataset.change() as content:
+        group, entry = content.find(file)
+        with Image.open(dataset.folder / file, formats=("JPEG", "PNG")) as opened:
+            image = opened.convert("RGB")
+        short = min(image.size)
+        width, height = image.width / short, image.height / short
+        is_inside = 0 <= x <= width - side + CROP_TOLERANCE and 0 <= y <= height - side + CROP_TOLERANCE
+        if not is_inside or side * short < MIN_CROP:
+            raise InputError(f"The crop must lie in the image and have at least {MIN_CROP} pixels. Choose a larger square.")
+        left, top, extent = round(x * short), round(y * short), round(side * short)
+        crop = encoded(image.crop((left, top, min(left + extent, image.width), min(top + extent, image.height))))
+        check_quota(dataset.folder.parent, 1, len(crop.content))
+        name = PurePosixPath(entry.name)
+        copy = DatasetImage("", f"{name.stem} (crop){name.suffix}", entry.caption, entry.part)
+        added = store(dataset, group, crop, copy, group.images.index(entry) + 1)
+    if entry.caption:
+        dataset.set_caption(added, entry.caption)
+    return added
+
+
+def _add_loose(dataset: Dataset, files: Sequence[Path]) -> Added:
+    with tempfile.TemporaryDirectory() as temporary:
+        layout, rest = _Layout(Path(temporary)), []
+        for file in files:
+            name = display_name(file)
+            if is_system_name(name) or not file.is_file():
+                rest.append(file)
+            else:
+                layout.files.append(layout.link(name, file))
+        for image in dataset.photos():
+            if not is_system_name(image.name):
+                layout.present[layout.link(image.name, dataset.folder / image.file)] = image.file
+        added = _add_layout(dataset, layout)
+    added.extend(add_images(dataset, rest))
+    return added
+
+
+def _add_zip(dataset: Dataset, file: Path) -> Added:
+    """Add the photos in a zip, which must be of one subject."""
+    name = display_name(file)
+    with tempfile.TemporaryDirectory() as temporary:
+        layout = _Layout(Path(temporary) / (stem_of(name).strip(".") or "zip"))
+        try:
+            layout.unpack(file)
+            subjects = scan_folder(layout.folder).subjects
+        except InputError as error:
+            return Added(refused=[layout.without_paths(str(error)).replace(repr(str(file)), name)])
+        except OSError as error:
+            return Added(refused=[f"{name} cannot be unpacked ({error.strerror}). Pack the zip again."])
+        if len(subjects) > 1:
+            names = listed([subject.name for subject in subjects], limit=5)
+            return Added(refused=[f"{name} contains several subjects ({names}). Add the photos of one subject."])
+        return _add_layout(dataset, layout)
+
+
+def _add_layout(dataset: Dataset, layout: _Layout) -> Added:
+    """Add the images in the layout, then their captions, and report the files that are not used."""
     try:
-        if not zipfile.is_zipfile(path):
-            raise InputError(f"{name} is not a zip. Pack one folder of images for each class into a zip.")
-        groups = _grouped(name, read_zip(path, ZIP_LIMITS), added)
+        scan = scan_folder(layout.folder)
+    except InputError:
+        return _add_by_content(dataset, layout)
+    captions, problems = Captions({}, scan.account), []
+    try:
+        captions = read_captions(scan)
     except InputError as error:
-        # The page must not show where the server stores uploads.
-        raise InputError(str(error).replace(repr(str(path)), name)) from error
-    if not groups:
-        raise InputError(f"{name} contains no folder with images. Pack one folder of images for each class into a zip.")
-    return groups
+        problems.append(f"The captions were left out. {error}")
+    entries = captions.account.entries
+    hidden = NAMED_BY_SCAN | {"system"}
+    images = {entry.path for entry in entries if entry.use in ("image", "unused") and entry.kind not in hidden}
+    added = add_images(dataset, [path for path in layout.files if path in images])
+    problems += _set_captions(dataset, layout, captions, added)
+    visible = tuple(entry for entry in entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
+    refused = [*FolderAccount(layout.folder, visible).warnings(), *problems]
+    if any(entry.use == "class_prompt" for entry in entries):
+        refused.append(f"{CLASS_PROMPT} was left out. Enter the class word under Check instead.")
+    notes = FolderAccount(layout.folder, notes=captions.account.notes).warnings()
+    added.extend(Added([], [*map(layout.without_paths, refused)], [*map(layout.without_paths, notes)]))
+    return added
 
 
-def _grouped(name: str, content: ZipContent, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
-    images = [file for file in content.files if _is_usable(file, added)]
-    layout = arrange(name, [file.name for file in images], content.folders)
-    split = split_file(content.files, layout)
-    parts = _parts(name, layout, split, added)
-    stray = [file.name for file in content.files if PurePosixPath(file.name).name.casefold() == SPLIT_FILE and file != split]
-    added.refused += [f"{other} is not next to the class folders and was left out." for other in stray]
-    groups: dict[tuple[str, Part | None], list[ZippedFile]] = {}
-    for file in images:
-        key = layout.classes[file.name] if parts else PurePosixPath(file.name).parent.name
-        groups.setdefault((key, parts.get(file.name)), []).append(file)
-    return groups
+def _add_by_content(dataset: Dataset, layout: _Layout) -> Added:
+    """Add files none of which has the name of an image; the upload recognises images by their content."""
+    texts = [path for path in layout.files if suffix_of(path.name) in TEXT_SUFFIXES]
+    added = add_images(dataset, [path for path in layout.files if path not in texts])
+    if texts:
+        added.refused.append(f"There is no photo for the captions in {listed(texts, layout.folder)}. Add photos first.")
+    return added
 
 
-def _is_usable(file: ZippedFile, added: Added) -> bool:
-    """Whether a file of a zip is an image in a folder. Other files except split.json are refused."""
-    path = PurePosixPath(file.name)
-    if path.suffix.lower() == ".zip":
-        added.refused.append(f"{file.name} is a zip inside the zip and was left out. Unpack it, or add it separately.")
-    elif path.suffix.lower() not in UPLOAD_SUFFIXES:
-        if path.name.casefold() != SPLIT_FILE:
-            added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} image and was left out.")
-    elif len(path.parts) < 2:
-        added.refused.append(f"{file.name} is not in a class folder and was left out. Move it to the folder of its class.")
-    else:
-        return True
-    return False
-
-
-def _parts(name: str, layout: FolderLayout, split: ZippedFile | None, added: Added) -> Mapping[str, Part]:
-    """The split that a zip came with, by the names of its files; empty if it came with none."""
-    parts, notes = parts_of_set(name, layout, split)
-    if parts:
-        check_spellings(name, layout.classes, parts)
-        added.notes += [*layout.notes, *notes, "Its test images are used only for testing, all others only for training."]
-    return with_test(parts)
+def _set_captions(dataset: Dataset, layout: _Layout, captions: Captions, added: Added) -> list[str]:
+    """Set the captions of new and earlier photos; returns the reasons for those that cannot be set."""
+    texts = {path: caption.text for path, caption in captions.by_image.items()}
+    by_name = {path.name: text for path, text in texts.items() if path in layout.files}
+    by_file = {image.file: by_name.get(image.name) for image in dataset.photos() if image.file in added.names}
+    by_file |= {file: texts.get(path) for path, file in layout.present.items()}
+    problems = []
+    for file, text in by_file.items():
+        try:
+            if text:
+                dataset.set_caption(file, text)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_adapter(file: str | Path) -> Path:

@@ -33,6 +33,12 @@ KOHYA_FOLDER = re.compile(r"(\d+)_(.*\S.*)")
 MASK_SUFFIX = re.compile(r"(.+)(?:[-_.]masklabel|[-_. ]mask)", re.IGNORECASE)
 MASK_PREFIX = re.compile(r"mask[-_.](.+)", re.IGNORECASE)
 CONDITION = re.compile(r"(.+)[-_.]condlabel", re.IGNORECASE)
+# Words and numbers of file names that cameras and programs choose.
+GENERIC_WORDS = re.compile(
+    r"\d+|[a-z]|img|image|images|dsc[fn]?|dscn|dji|pxl|photo|photos|pic|picture|pasted|screenshot|whatsapp|signal|received|scan|"
+    r"untitled|file|download|copy|crop|edit|edited|final|new|at|am|pm|mvimg|burst|hdr|portrait|wa\d+",
+    re.IGNORECASE,
+)
 MASK_FOLDERS = frozenset({"mask", "masks", "masklabel", "masklabels", "mask_images", "conditioning", "conditioning_data"})
 IMAGE_FOLDERS = frozenset({"img", "imgs", "image", "images"})
 CLASS_FOLDERS = frozenset(
@@ -176,3 +182,9 @@ def unused_kind(name: str, images: Iterable[str]) -> str:
 
 def _spaced(name: str) -> str:
     return display_path(name).replace("_", " ").strip()
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a file name that describes its image, such as "duck on the beach.jpg"; empty if it says too little."""
+    words = [word for word in re.split(r"[\W_]+", stem_of(name)) if word and not GENERIC_WORDS.fullmatch(word)]
+    return words if len(words) > 1 and all(word.isalpha() for word in words) else []

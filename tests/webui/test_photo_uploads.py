@@ -12,9 +12,9 @@ from training.runs.record import RunRecord
 from webui.datasets import Dataset
 from webui.draft import Draft
 from webui.photo_account import photo_account
-from webui.photo_uploads import add_photos, proposed_caption
 from webui.runs import RunView
-from webui.screens.photos import cards
+from webui.screens.photos import _proposal, cards
+from webui.uploads import add_photos
 from webui.workspace import Workspace
 
 
@@ -161,4 +161,4 @@ def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
     ],
 )
 def test_a_caption_is_proposed_only_if_the_file_name_says_something(name, caption):
-    assert proposed_caption("a photo of sks duck", name) == caption
+    assert _proposal("a photo of sks duck", name) == caption

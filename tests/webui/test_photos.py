@@ -16,10 +16,9 @@ from webui import draft as drafts
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft, check_words, merged, without
 from webui.inference_jobs import checked_images, long_prompts_of
-from webui.photo_uploads import add_crop
 from webui.render import escaped
 from webui.screens.photos import cards
-from webui.uploads import add_images
+from webui.uploads import add_crop, add_images
 from webui.workspace import Workspace
 
 

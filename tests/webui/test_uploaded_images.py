@@ -13,7 +13,7 @@ import pytest
 from icc_profiles import DISPLAY_P3, rgb_profile
 from PIL import Image, ImageCms, features
 
-from pipelines import image_formats
+from pipelines import image_formats, untrusted_images
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import classifiers, render, uploads
@@ -91,7 +91,7 @@ def test_notes_of_many_files_are_summarised(tmp_path, dataset):
 def test_a_photo_of_a_phone_with_48_megapixels_is_halved_with_a_note(tmp_path, dataset, monkeypatch, kind, scale):
     pillow_heif.register_heif_opener()
     # Encoding a HEIC of 48 megapixels takes many seconds, so one of 3 megapixels has a limit of 2.5.
-    monkeypatch.setattr(uploads, "MAX_PIXELS", uploads.MAX_PIXELS * scale**2 // 16)
+    monkeypatch.setattr(untrusted_images, "MAX_PIXELS", untrusted_images.MAX_PIXELS * scale**2 // 16)
     width, height = 2016 * scale, 1512 * scale
     exif = Image.Exif()
     # On its side; a HEIC says so outside of its EXIF data.

@@ -18,13 +18,14 @@ from PIL import Image
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
+from pipelines.subject.folder_names import words_of
 from webui import machine, subject_runs
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
 from webui.draft import Draft
 from webui.inference_worker import WORKER
-from webui.photo_uploads import add_crop, add_photos, proposed_caption
 from webui.render import parts, render, thumbnail
+from webui.uploads import add_crop, add_photos
 from webui.workspace import Workspace
 
 CHIPS = {"good": "good", "look again": "warn", "left out": "bad"}
@@ -290,10 +291,15 @@ def cards(photos: Dataset, draft: Draft, checked: Mapping[str, Any] | None = Non
                 "verdict": verdict,
                 "chip": CHIPS.get(verdict, ""),
                 "findings": () if result is None else result.sentences,
-                "proposal": "" if photo.caption else proposed_caption(draft.prompt, photo.name),
+                "proposal": "" if photo.caption else _proposal(draft.prompt, photo.name),
             }
         )
     return render("photos.html", photos=values, together=together, may_change=not photos.is_example)
+
+
+def _proposal(prompt: str, name: str) -> str:
+    words = " ".join(words_of(name)).lower()
+    return f"{prompt}, {words}" if words and words not in prompt else ""
 
 
 def _crop_editor(photos: Dataset, file: str) -> str:
