@@ -169,7 +169,7 @@ def generated_with_all(workspace: Workspace, runs: Sequence[RunView], prompt: st
 
 def build(context: AppContext) -> None:
     """Put this part into the open tab."""
-    settings, components, known = context.settings, _layout(), gr.State(None)
+    settings, components, sent = context.settings, _layout(), gr.State(None)
     figures = [components[title] for title in PLOTS]
 
     @show_errors
@@ -177,7 +177,7 @@ def build(context: AppContext) -> None:
         now = [(view.title, view.id) for view in views(settings.workspace(request))]
         return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
 
-    context.refresh_triggers["runs"].change(choices, known, [components["chosen"], known], trigger_mode="always_last", **QUIET)
+    context.refresh_triggers["runs"].change(choices, sent, [components["chosen"], sent], trigger_mode="always_last", **QUIET)
 
     @show_errors
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,9 +173,7 @@ def measurements(view: RunView) -> Markup:
     cells = {name: {step: _number(name, value) for step, value in column.items()} for name, column in measured.items()}
     cells |= _preferred(view)
     rows = [[judge.step_name(step, recommended), *(column.get(step, "") for column in cells.values())] for step in steps]
-    gaps = parts.note("An empty cell was not measured at that step.") if any("" in row for row in rows) else Markup("")
-    losses = _missing(view, max(measured.get("Validation loss", {}), default=None), steps[-1])
-    return parts.table(["Step", *cells], rows, css="figures") + gaps + losses
+    return parts.table(["Step", *cells], rows, css="figures") + _missing(view, measured.get("Validation loss"), steps)
 
 
 def _number(name: str, value: float) -> str:
@@ -188,17 +186,14 @@ def _preferred(view: RunView) -> dict[str, dict[int, str]]:
     return {"You preferred": {step: "{} of {}".format(*count) for step, count in counts.items()}} if counts else {}
 
 
-def _missing(view: RunView, measured: int | None, last: int) -> Markup:
-    """Why steps have no validation loss.
-
-    Args:
-        measured: the last step with one.
-        last: the last step with any measurement.
-    """
-    if measured is None:
+def _missing(view: RunView, losses: Mapping[int, float] | None, steps: Sequence[int]) -> Markup:
+    """Why steps have no validation loss."""
+    if not losses:
         return parts.note(NO_LOSS)
+    if max(losses) == steps[-1]:
+        return parts.note("Losses and images are measured at steps of their own; an empty cell was not measured.")
     why = SHORT_FOLDS if (view.record.path / FOLDS).is_dir() else "Training ended before the next measurement."
-    return parts.note(f"There is no validation loss after step {measured}. {why}") if measured < last else Markup("")
+    return parts.note(f"There is no validation loss after step {max(losses)}. {why}")
 
 
 def record_choice(view: RunView, chosen: Choices, side: str) -> Choices:
