@@ -208,9 +208,9 @@ def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
     return truncated_prompts(options, [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption])
 
 
-def example_classes(path: Path | None) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    """The classes of a bundled zip, or of scikit-learn's handwritten digits for None, and sentences on how they were read."""
-    return _classes(sample_set() if path is None else load_images(path))
+def example_classes() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+    """The classes of scikit-learn's handwritten digits, and sentences on how they were read."""
+    return _classes(sample_set())
 
 
 def folder_classes(path: Path, names: Mapping[str, str]) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:

@@ -12,9 +12,10 @@ from typing import Literal
 
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
+from pipelines.fewshot.archives import ZipLimits, read_zip
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.record import RunRecord
-from webui.datasets import CLASS_GONE, SET, Dataset, DatasetContent
+from webui.datasets import CLASS_GONE, SET, Dataset, DatasetContent, num_test_images
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
@@ -162,7 +163,14 @@ def find_classes(workspace: Workspace, set_id: str) -> LabelledClasses:
 
 @lru_cache(maxsize=len(EXAMPLES))
 def _example(name: str) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    return WORKER.call("example_classes", EXAMPLES[name][1])
+    path = EXAMPLES[name][1]
+    if path is None:
+        return WORKER.call("example_classes")
+    # Read here, so that it is shown before the worker has started.
+    images: defaultdict[str, list[DatasetSource]] = defaultdict(list)
+    for source in read_zip(path, ZipLimits()).files:
+        images[source.name.partition("/")[0]].append(source)
+    return tuple(LabelledClass(one, one, tuple(own), len(own) - num_test_images(len(own))) for one, own in images.items()), ()
 
 
 def uploaded_classes(dataset: Dataset) -> LabelledClasses:

@@ -151,7 +151,8 @@ def test_images_are_classified_with_a_table_to_download_and_one_at_once(page, re
 
 def test_the_list_of_classifiers_follows_the_run_that_is_selected_elsewhere_once(page, record):
     renew = listener(page, "classify", "renew")
-    listed, part, seen = renew(record.path.name, None, None, None)
+    listed, part, seen = renew(record.path.name, None, "another", None)
     assert (listed.value, part.selected, seen) == (record.path.name, "result", record.path.name)
-    assert renew(record.path.name, None, seen, None)[1] == gr.skip()
+    for before in (seen, None):
+        assert renew(record.path.name, None, before, None)[1] == gr.skip()
     assert record.path.name in [run_id for _, run_id in listed.choices]

@@ -169,7 +169,9 @@ def test_the_first_example_is_coloured_shapes_that_the_recipe_reads_from_their_z
     found = find_classes(workspace, "shapes")
     assert [one.name for one in found.classes] == [f"{colour} {shape}" for colour in ("blue", "green", "red") for shape in SHAPES]
     assert (found.count, found.is_ready, next(iter(EXAMPLES))) == (360, True, "shapes")
-    assert load_images(found.data_options()["data_dir"]).classes == tuple(one.name for one in found.classes)
+    read = load_images(found.data_options()["data_dir"])
+    assert read.classes == tuple(one.name for one in found.classes)
+    assert [image.source for image in read.images] == [source for one in found.classes for source in one.images]
 
 
 def test_the_other_example_is_a_set_of_ten_digits(workspace):

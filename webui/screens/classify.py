@@ -34,7 +34,7 @@ def build(app: AppContext) -> None:
         with gr.Tab("1 Images", id="pictures", elem_id="classify-part-pictures"):
             classify_images.build(app, steps.parent, steps)
         with gr.Tab("2 Train", id="train", elem_id="classify-part-train"):
-            _build_train(app, draft_changed, opened)
+            _build_train(app, steps, draft_changed, opened)
         with gr.Tab("3 Result", id="result", elem_id="classify-part-result"):
             classify_result.build(app, run, opened)
         with gr.Tab("4 Use", id="new", elem_id="classify-part-new"):
@@ -51,7 +51,9 @@ def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State)
         runs = classifier_views(app.settings.workspace(request))
         states = {view.id: view.state for view in runs}
         is_new = elsewhere != before and elsewhere in states
-        part = gr.Tabs(selected="result") if is_new and states[elsewhere] == "done" else gr.skip()
+        # Not for the run that is selected when the page is loaded.
+        is_opened = is_new and before is not None and states[elsewhere] == "done"
+        part = gr.Tabs(selected="result") if is_opened else gr.skip()
         return [_listed(runs, elsewhere if is_new else chosen), part, elsewhere]
 
     given, outputs = [app.run, run, last_elsewhere], [run, steps, last_elsewhere]
@@ -66,7 +68,7 @@ def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
     return gr.Dropdown([(view.title, view.id) for view in runs], value=value, visible=bool(ids))
 
 
-def _build_train(app: AppContext, draft_changed: gr.State, opened: gr.State) -> None:
+def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opened: gr.State) -> None:
     """Put the part with the training settings into the open tab."""
     draft, settings = app.class_draft, app.settings
     source = class_runs.source(app, draft_changed)
@@ -98,12 +100,12 @@ def _build_train(app: AppContext, draft_changed: gr.State, opened: gr.State) -> 
     def begin(stored: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         stored, run_id = class_runs.start(source, workspace, stored)
-        return [stored, *app.show(workspace, run_id, "train")]
+        return [stored, gr.Tabs(selected="result"), *app.show(workspace, run_id, "train")]
 
     for moved in (app.active_tab.change, opened.change, draft_changed.change):
         moved(describe, [app.active_tab, draft], [about, preset, why, command], **QUIET)
     preset.input(lambda name, stored: {**stored, "preset": name}, [preset, draft], [draft], **QUIET)
-    start.click(begin, [draft], [draft, *app.outputs], api_visibility="private", concurrency_limit=1)
+    start.click(begin, [draft], [draft, steps, *app.outputs], api_visibility="private", concurrency_limit=1)
 
 
 def _about(workspace: Workspace, draft: dict[str, Any]) -> str:

@@ -45,7 +45,9 @@ def pending(view: RunView | None) -> Markup:
     """What the page says in place of a result that does not exist."""
     if view is None:
         return parts.empty(*NONE)
-    return parts.empty("No result yet", PENDING.get(view.state, f"This run is {view.state}. Its result appears here."))
+    return parts.empty(
+        "No result yet", PENDING.get(view.state, f"This run is {view.state}. Its result appears here; Train shows its progress.")
+    )
 
 
 def build(app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
