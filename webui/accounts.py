@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import os
 import re
 import secrets
-import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 
+from argon2 import PasswordHasher, extract_parameters
+from argon2.exceptions import InvalidHashError, VerifyMismatchError
+from fastapi import HTTPException
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
 from pipelines.errors import InputError
 from pipelines.text_files import read_text, write_text_atomically
-from webui.settings import app_command
+from webui.workspace import app_command
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 MIN_PASSWORD, MAX_PASSWORD = 8, 200
-# scrypt's n, r and p: hashing a password takes 32 MiB and about a tenth of a second.
-COST, BLOCK, PARALLEL = 2**15, 8, 1
-SCRYPT_BYTES = 64 * 2**20
-# Wrong passwords that a client, or a name, may have within `WINDOW_SECONDS`.
-MAX_ATTEMPTS, WINDOW_SECONDS = 5, 60.0
+# Hashing a password takes 32 MiB and some hundredths of a second.
+HASHER = PasswordHasher(time_cost=3, memory_cost=2**15, parallelism=1)
+# Wrong passwords that a client, or a name, may have within a minute.
+MAX_ATTEMPTS = 5
 # Passwords that are hashed at the same time, and that may wait. Each takes memory, and training needs the cores.
 MAX_HASHING, MAX_WAITING = 2, 16
 SESSION_SECONDS = 7 * 86400
-MAX_TRACKED = 10_000
 
-# Set by webui.guard for each request, because Gradio passes only the name and the password to the login check.
+# Set by webui.security for each request, because Gradio passes only the name and the password to the login check.
 client_address: ContextVar[str] = ContextVar("client_address", default="")
 
 
 class Accounts:
-    """The accounts file: one line `name:scrypt$cost$block$parallel$salt$hash` per account; read again when it changes.
+    """The accounts file: a line `name:hash` per account, hashed by Argon2; read again when it changes.
 
     Args:
         path: the file.
@@ -47,7 +48,7 @@ class Accounts:
         self.path = path
         self._read: tuple[tuple[int, int], dict[str, str]] = ((0, 0), {})
         # Checked for unknown names, so that they take as long as existing ones.
-        self._decoy = hashed(secrets.token_hex(16))
+        self._decoy = HASHER.hash(secrets.token_hex(16))
 
     def check(self) -> None:
         """Raise InputError if the file is missing, malformed or empty."""
@@ -73,16 +74,30 @@ class Accounts:
     def accepts(self, name: str, password: str) -> bool:
         """Whether `password` is the password of `name`. Takes as long for unknown names as for existing ones."""
         stored = self.all().get(name)
-        is_right = matches(password, stored or self._decoy)
-        return is_right and stored is not None
+        try:
+            HASHER.verify(stored or self._decoy, password)
+        except VerifyMismatchError:
+            return False
+        return stored is not None
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(read_text(self.path).splitlines(), 1):
             name, _, stored = line.partition(":")
-            if line and (not NAME.fullmatch(name) or len(stored.split("$")) != 6):
-                raise InputError(f"Line {number} of {str(self.path)!r} is not an account. Remove it and use --add_account.")
+            if line and not (NAME.fullmatch(name) and _is_hash(stored)):
+                raise InputError(
+                    f"Line {number} of {str(self.path)!r} is not a name and a password hashed by Argon2 (earlier versions used "
+                    f"scrypt). Delete the line and add the account again with --add_account."
+                )
             if line:
                 yield name, stored
+
+
+def _is_hash(stored: str) -> bool:
+    try:
+        extract_parameters(stored)
+    except InvalidHashError:
+        return False
+    return True
 
 
 def add_account(path: Path, name: str, password: str) -> None:
@@ -96,7 +111,7 @@ def add_account(path: Path, name: str, password: str) -> None:
         )
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise InputError(f"A password must have {MIN_PASSWORD} to {MAX_PASSWORD} characters, got {len(password)}.")
-    accounts = Accounts(path).all() | {name: hashed(password)}
+    accounts = Accounts(path).all() | {name: HASHER.hash(password)}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Set before the file is created, so that other users can never read it.
     before = os.umask(0o077)
@@ -106,70 +121,12 @@ def add_account(path: Path, name: str, password: str) -> None:
         os.umask(before)
 
 
-def hashed(password: str) -> str:
-    """`password` hashed with a new salt, in the format of the accounts file."""
-    salt = secrets.token_bytes(16)
-    return f"scrypt${COST}${BLOCK}${PARALLEL}${salt.hex()}${_scrypt(password, salt, COST, BLOCK, PARALLEL).hex()}"
-
-
-def matches(password: str, stored: str) -> bool:
-    """Whether `stored` is a hash of `password`, compared in constant time."""
-    _, cost, block, parallel, salt, digest = stored.split("$")
-    computed = _scrypt(password, bytes.fromhex(salt), int(cost), int(block), int(parallel))
-    return hmac.compare_digest(computed, bytes.fromhex(digest))
-
-
-def _scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=cost, r=block, p=parallel, maxmem=SCRYPT_BYTES, dklen=32)
-
-
-class Throttle:
-    """Limits the login attempts per client and per name.
+class LoginGate:
+    """The login check that Gradio calls, with a limit on the attempts per client and per name.
 
     An attempt counts as wrong until it succeeds, so that parallel attempts do not bypass the limit. Behind a tunnel or a proxy
-    all clients have one address and share one limit.
-    """
-
-    def __init__(self) -> None:
-        self._attempts: defaultdict[str, deque[float]] = defaultdict(deque)
-        self._lock = threading.Lock()
-
-    def begin(self, client: str, name: str) -> float:
-        """Count an attempt and return 0, or return the seconds to wait if the limit is reached."""
-        now = time.monotonic()
-        with self._lock:
-            self._forget(now)
-            recent = [self._attempts[key] for key in _keys(client, name)]
-            wait = max((attempts[0] + WINDOW_SECONDS - now for attempts in recent if len(attempts) >= MAX_ATTEMPTS), default=0.0)
-            if wait <= 0:
-                for attempts in recent:
-                    attempts.append(now)
-            return max(wait, 0.0)
-
-    def succeed(self, client: str, name: str) -> None:
-        """Forget the attempts of this client and for this name after a correct password."""
-        with self._lock:
-            for key in _keys(client, name):
-                self._attempts.pop(key, None)
-
-    def _forget(self, now: float) -> None:
-        for key in list(self._attempts) if len(self._attempts) > MAX_TRACKED else []:
-            if self._attempts[key][-1] < now - WINDOW_SECONDS:
-                del self._attempts[key]
-        for attempts in self._attempts.values():
-            while attempts and attempts[0] <= now - WINDOW_SECONDS:
-                attempts.popleft()
-
-
-def _keys(client: str, name: str) -> tuple[str, str]:
-    return f"client {client}", f"name {name}"
-
-
-class LoginGate:
-    """The login check that Gradio calls.
-
-    Passwords are hashed in two threads of its own, so that guessing slows down neither the page nor a run. Beyond `MAX_WAITING`
-    waiting attempts, further ones are refused.
+    all clients have one address and share one limit. Passwords are hashed in two threads of its own, so that guessing slows down
+    neither the page nor a run. Beyond `MAX_WAITING` waiting attempts, further ones are refused.
 
     Args:
         accounts: the accounts that may sign in.
@@ -177,7 +134,8 @@ class LoginGate:
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
-        self._throttle = Throttle()
+        self._limit = RateLimitItemPerMinute(MAX_ATTEMPTS)
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._threads = ThreadPoolExecutor(MAX_HASHING, thread_name_prefix="password")
         self._waiting = 0
 
@@ -188,20 +146,25 @@ class LoginGate:
 
         Raises: HTTPException 429 with the seconds to wait.
         """
-        client, account = client_address.get(), name if NAME.fullmatch(name) else ""
-        wait = self._throttle.begin(client, account)
-        if wait > 0:
+        account = name if NAME.fullmatch(name) else ""
+        keys = ("client", client_address.get()), ("name", account)
+        # Both are tested before either counts. Nothing is awaited in between, so no other attempt comes between.
+        waits = [self._limiter.get_window_stats(self._limit, *key) for key in keys if not self._limiter.test(self._limit, *key)]
+        if waits:
+            wait = max(1.0, max(each.reset_time for each in waits) - time.time())
             raise _too_many(f"Too many wrong passwords. Wait {wait + 1:.0f} seconds and try again.", wait)
         if self._waiting >= MAX_WAITING:
             raise _too_many("Too many people are signing in. Try again in a few seconds.", 5)
+        for key in keys:
+            self._limiter.hit(self._limit, *key)
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
             is_right = await loop.run_in_executor(self._threads, self._accounts.accepts, account, password[: MAX_PASSWORD + 1])
         finally:
             self._waiting -= 1
-        if is_right:
-            self._throttle.succeed(client, account)
+        for key in keys if is_right else ():
+            self._limiter.clear(self._limit, *key)
         return is_right
 
 
@@ -236,8 +199,5 @@ class Sessions(dict[str, str]):
         return name if time.monotonic() < until and self._accounts.all().get(name) == stored else default
 
 
-def _too_many(sentence: str, wait: float) -> Exception:
-    # Imported here, because the server's options are checked before FastAPI is loaded.
-    from fastapi import HTTPException
-
+def _too_many(sentence: str, wait: float) -> HTTPException:
     return HTTPException(429, sentence, headers={"Retry-After": str(int(wait) + 1)})

@@ -23,8 +23,7 @@ from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
-from webui.settings import Settings
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
 MAX_FILES = 500

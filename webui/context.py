@@ -18,8 +18,7 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui.runs import RunView, views
-from webui.settings import Settings
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 logger = logging.getLogger(__name__)

@@ -12,17 +12,23 @@ from webui.api import build_api
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
 from webui.context import EMPTY_DRAFT, QUIET, AppContext, followed, show_errors
 from webui.screens import check, classify, judge, photos, runs, train, use
-from webui.settings import Settings
+from webui.workspace import Settings
 
 # For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
 SCRIPT = Path(__file__).with_suffix(".js").read_text()
+TITLE, SUMMARY = "NoRA Vision", "Adapt a large vision model from a handful of images."
 # Gradio's loading screen counts its seconds at every frame and goes on when it is gone, which keeps the processor busy. It takes
 # `requestAnimationFrame` before page.js runs.
-HEAD = """<script>{
+HEAD = f"""<link rel="icon" href="favicon.ico" type="image/svg+xml"><meta name="description" content="{SUMMARY}">
+<meta property="og:type" content="website"><meta property="og:title" content="{TITLE}">
+<meta property="og:description" content="{SUMMARY}"><meta property="og:image" content="{{origin}}card.png">
+<meta name="twitter:card" content="summary_large_image"><meta name="twitter:title" content="{TITLE}">
+<meta name="twitter:description" content="{SUMMARY}"><meta name="twitter:image" content="{{origin}}card.png">
+<script>{{
   const request = window.requestAnimationFrame.bind(window), isStopwatch = /performance\\.now\\(\\) *- *[^;]+\\/ *1e3/;
   window.requestAnimationFrame = (callback) => (isStopwatch.test(callback) ? 0 : request(callback));
-}</script>"""
-HEADER = """<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of images.</p></header>
+}}</script>"""
+HEADER = f"""<header class="brand"><h1>{TITLE}</h1><p>{SUMMARY}</p></header>
 <p id="activity" role="status" hidden>
   <a href="?tab=train"></a> <span></span> <button type="button">Notify me at the end</button>
 </p>"""
@@ -39,7 +45,7 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 
 def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
-    with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         reopens_event_stream()
         gr.HTML(HEADER)
         context = _context(page, settings)

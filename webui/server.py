@@ -16,22 +16,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Route
 
 from pipelines.errors import InputError
 from training.runs.run_files import METRICS, STEP
 from training.runs.run_log import LOG
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
-from webui.guard import Guard
 from webui.inference_worker import WORKER
 from webui.page import HEAD, SCRIPT, build_page
 from webui.progress import sentence, share_done
 from webui.runs import RunView, views
-from webui.settings import Settings, app_command, is_loopback
-from webui.theme import STYLE, theme
+from webui.security import middlewares
+from webui.theme import CARD, FAVICON, STYLE, theme
+from webui.workspace import Settings, app_command, is_loopback
 
 logger = logging.getLogger("webui")
 
@@ -154,7 +153,6 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
     page, accounts = build_page(settings), None
     if settings.accounts is not None:
         accounts = Accounts(settings.accounts)
-    guard = Middleware(Guard, settings=settings, cache=settings.sets_dir / CACHE, head=HEAD)
     try:
         app, _, _ = page.launch(
             server_name=settings.host,
@@ -163,7 +161,11 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
             inbrowser=in_browser,
             auth=None if accounts is None else LoginGate(accounts).admits,
             auth_message=None if accounts is None else SIGN_IN,
-            app_kwargs={"middleware": [guard], "routes": [activity_route(settings)]},
+            app_kwargs={
+                "middleware": middlewares(settings, settings.sets_dir / CACHE, HEAD),
+                "routes": [Route("/card.png", lambda request: FileResponse(CARD)), activity_route(settings)],
+            },
+            favicon_path=FAVICON,
             theme=theme(),
             css_paths=[STYLE],
             js=SCRIPT,

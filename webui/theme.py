@@ -7,6 +7,9 @@ from pathlib import Path
 import gradio as gr
 
 STYLE = Path(__file__).with_name("style.css")
+FAVICON = Path(__file__).with_name("favicon.svg")
+# The image of the page on social networks.
+CARD = Path(__file__).with_name("card.png")
 # System fonts, so that nothing is loaded from other servers.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")

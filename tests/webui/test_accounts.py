@@ -8,12 +8,14 @@ import threading
 import time
 
 import pytest
+from argon2 import PasswordHasher
 from fastapi import HTTPException
+from limits.storage import memory
 from processes import apart
 
 from pipelines.errors import InputError
 from webui import accounts
-from webui.accounts import MAX_ATTEMPTS, Accounts, LoginGate, Sessions, Throttle, add_account, client_address, hashed, matches
+from webui.accounts import MAX_ATTEMPTS, Accounts, LoginGate, Sessions, add_account, client_address
 
 RIGHT, WRONG = "correct horse", "battery staple"
 
@@ -32,11 +34,10 @@ def login(gate, name, password, client="10.0.0.1"):
 def test_passwords_are_stored_salted_and_hashed_in_a_file_that_only_its_owner_can_read(accounts_file):
     text = accounts_file.path.read_text()
     assert RIGHT not in text
-    assert text.startswith("ada:scrypt$32768$8$1$")
+    assert text.startswith("ada:$argon2id$v=19$m=32768,t=3,p=1$")
     assert stat.S_IMODE(accounts_file.path.stat().st_mode) == 0o600
-    assert hashed(RIGHT) != hashed(RIGHT)
-    assert matches(RIGHT, hashed(RIGHT))
-    assert not matches(WRONG, hashed(RIGHT))
+    add_account(accounts_file.path, "ada", RIGHT)
+    assert accounts_file.path.read_text() != text
 
 
 def test_an_account_is_accepted_only_with_its_own_password(accounts_file):
@@ -67,6 +68,12 @@ def test_a_missing_or_malformed_accounts_file_is_refused(tmp_path):
         Accounts(tmp_path / "bad.txt").check()
 
 
+def test_passwords_hashed_by_earlier_versions_are_refused_with_the_way_on(tmp_path):
+    (tmp_path / "old.txt").write_text("ada:scrypt$32768$8$1$00$00\n")
+    with pytest.raises(InputError, match=r"Line 1 of .*scrypt\). Delete the line and add the account again with --add_account"):
+        Accounts(tmp_path / "old.txt").check()
+
+
 def test_an_unknown_name_takes_as_long_as_an_existing_one(accounts_file):
     def seconds(name):
         begun = time.thread_time()
@@ -91,17 +98,19 @@ def test_after_five_wrong_passwords_the_right_one_must_wait_too(accounts_file):
         login(gate, "bob", RIGHT)
 
 
-def test_the_wait_ends_after_a_minute(monkeypatch):
+def test_the_wait_ends_after_a_minute(accounts_file, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(accounts.time, "monotonic", lambda: now[0])
-    throttle = Throttle()
+    for module in (accounts, memory):
+        monkeypatch.setattr(module.time, "time", lambda: now[0])
+    gate = LoginGate(accounts_file)
     for _ in range(MAX_ATTEMPTS):
-        assert throttle.begin("a", "ada") == 0
-    assert throttle.begin("a", "ada") == 60
-    now[0] += 59
-    assert throttle.begin("a", "ada") == 1
-    now[0] += 1.5
-    assert throttle.begin("a", "ada") == 0
+        assert not login(gate, "ada", WRONG)
+    for passed, left in ((0, 60), (58, 2)):
+        now[0] = 1000 + passed
+        with pytest.raises(HTTPException, match=f"Wait {left + 1} seconds"):
+            login(gate, "ada", RIGHT)
+    now[0] = 1061
+    assert login(gate, "ada", RIGHT)
 
 
 def test_a_right_password_resets_the_count_of_wrong_ones(accounts_file):
@@ -114,7 +123,7 @@ def test_a_right_password_resets_the_count_of_wrong_ones(accounts_file):
 
 def test_of_fifty_parallel_guesses_two_are_hashed_at_a_time_and_the_event_loop_stays_free(accounts_file, monkeypatch):
     most, running, lock = [0], [0], threading.Lock()
-    real = accounts._scrypt
+    real = PasswordHasher.verify
 
     def counted(*arguments):
         with lock:
@@ -126,7 +135,7 @@ def test_of_fifty_parallel_guesses_two_are_hashed_at_a_time_and_the_event_loop_s
             with lock:
                 running[0] -= 1
 
-    monkeypatch.setattr(accounts, "_scrypt", counted)
+    monkeypatch.setattr(PasswordHasher, "verify", counted)
     gate = LoginGate(accounts_file)
 
     async def guess(number):

@@ -8,8 +8,7 @@ import pytest
 from run_folders import end_processes, run_in
 
 from webui.page import SCREENS, build_page
-from webui.settings import Settings
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 
 @pytest.fixture

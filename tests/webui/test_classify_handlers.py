@@ -11,7 +11,7 @@ from listeners import listener
 from webui import inference_jobs, launching
 from webui.datasets import Dataset
 from webui.page import build_page
-from webui.settings import Settings
+from webui.workspace import Settings
 
 DRAFT = {"set": None, "preset": "Fast", "options": {}}
 NORA = "trials/2-shots/seed-0/nora"

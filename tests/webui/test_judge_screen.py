@@ -28,8 +28,7 @@ from webui.screens.judge import (
     recommended_step,
     record_choice,
 )  # fmt: skip
-from webui.settings import Settings
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 PATIENCE = 120_000
 

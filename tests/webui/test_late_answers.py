@@ -9,8 +9,8 @@ from pipelines.sample_subject import sample_images
 from webui.datasets import Dataset
 from webui.draft import Draft
 from webui.page import build_page
-from webui.settings import Settings
 from webui.uploads import add_images
+from webui.workspace import Settings
 
 
 @pytest.fixture

@@ -164,6 +164,30 @@ def test_every_response_has_the_security_headers(own):
         assert headers["x-frame-options"] == "DENY"
         assert headers["referrer-policy"] == "no-referrer"
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["permissions-policy"] == "camera=(self), microphone=(), geolocation=()"
+
+
+def test_the_page_has_its_own_icon_and_card(own):
+    page = own.get("/").text
+    assert 'property="og:title" content="NoRA Vision"' in page
+    assert not re.search("gradio", " ".join(re.findall(r"<meta[^>]*(?:og:|twitter:)[^>]*>", page)), re.IGNORECASE)
+    (card,) = set(re.findall(r'(?:og|twitter):image" content="([^"]+)"', page))
+    assert own.get(card).headers["content-type"] == "image/png"
+    assert "svg" in own.get("/favicon.ico").headers["content-type"]
+
+
+def test_what_runs_is_told_only_to_the_user_whose_runs_they_are(server, guarded):
+    run = server.runs / "20260101-000000-abcdef"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "status.json").write_text('{"state": "done"}')
+    assert [each["id"] for each in httpx.get(f"{server.url}activity").json()["runs"]] == [run.name]
+    assert httpx.get(f"{guarded.url}activity").status_code == 401
+    theirs = guarded.runs / "ada" / run.name
+    theirs.mkdir(parents=True)
+    (theirs / "status.json").write_text('{"state": "done"}')
+    for name, count in (("ada", 1), ("bob", 0)):
+        with signed_in(guarded, name) as client:
+            assert len(client.get("/activity").json()["runs"]) == count
 
 
 def test_scripts_carry_a_nonce_that_is_new_in_each_response(own):
@@ -186,8 +210,10 @@ def test_scripts_carry_a_nonce_that_is_new_in_each_response(own):
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://localhost:1"}, 403),
-        ({"host": "evil.example"}, 403),
-        ({"host": "127.0.0.1.evil.example:7860"}, 403),
+        ({"host": "evil.example"}, 400),
+        ({"host": "127.0.0.1.evil.example:7860"}, 400),
+        ({"host": "localhost:7860"}, 200),
+        ({"host": "[::1]:7860"}, 200),
     ],
 )
 def test_requests_from_other_websites_are_refused(own, headers, status):

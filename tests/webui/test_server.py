@@ -108,7 +108,7 @@ def test_an_account_is_added_on_the_command_line_without_showing_the_password(tm
     assert os.waitstatus_to_exitcode(state) == 0
     assert b"correct horse" not in shown
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert path.read_text().startswith("ada:scrypt$")
+    assert path.read_text().startswith("ada:$argon2id$")
 
 
 def test_it_serves_without_model_libraries_restarts_after_a_kill_at_the_same_address_and_stops_at_ctrl_c(app_server):

@@ -15,8 +15,7 @@ from webui.page import build_page
 from webui.progress import duration, plain_error
 from webui.runs import RunView
 from webui.screens.train import BUTTONS, parts, view_of
-from webui.settings import Settings
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 STATES = ["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
 

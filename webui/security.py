@@ -14,19 +14,24 @@ import secrets
 import shutil
 from collections import OrderedDict
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+import secure
+from secure.middleware import SecureASGIMiddleware
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from webui.accounts import client_address
-from webui.settings import Settings, is_loopback
+from webui.workspace import Settings
 
 FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
 # The paths that a browser needs to show the sign-in page.
 PUBLIC_PATHS = re.compile(
-    r"/|/login/?|/logout|/favicon\.ico|/robots\.txt|/manifest\.json|(/gradio_api)?/theme\.css|/(static|assets)/.*"
+    r"/|/login/?|/logout|/favicon\.ico|/card\.png|/robots\.txt|/manifest\.json|(/gradio_api)?/theme\.css|/(static|assets)/.*"
     r"|/gradio_api/(startup-events|login_check|app_id|user)/?"
 )
 # Gradio's proxy, code editor, reloader, dashboards and recordings, and the endpoint that gives the session cookie to scripts.
@@ -53,14 +58,35 @@ PAGE_POLICY = (
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 FILE_POLICY = "default-src 'none'; sandbox; frame-ancestors 'none'"
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-}
+HEADERS = secure.Secure(
+    xcto=secure.XContentTypeOptions().nosniff(),
+    xfo=secure.XFrameOptions().deny(),
+    referrer=secure.ReferrerPolicy().no_referrer(),
+    coop=secure.CrossOriginOpenerPolicy().same_origin(),
+    corp=secure.CrossOriginResourcePolicy().same_origin(),
+    # The camera is for photos of the subject and for classifying what it sees.
+    permissions=secure.PermissionsPolicy().camera("self").microphone().geolocation(),
+)
+# The names of this machine for itself. Any other name of a local app is another website's that resolves to this machine.
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+# Gradio's tags for cards on social networks, in place of which the page has its own.
+FOREIGN_TAGS = re.compile(rb"<meta\s+(?:property=\"og:|name=\"twitter:)[^>]*/>")
+
+
+def middlewares(settings: Settings, cache: Path, head: str) -> list[Middleware]:
+    """What stands between the network and Gradio.
+
+    Args:
+        settings: the settings of the server.
+        cache: Gradio's folder of cached files.
+        head: HTML for the head of the page, with {origin} for the address of the server.
+    """
+    names = [*LOOPBACK_NAMES, settings.host] if settings.is_local else ["*"]
+    return [
+        Middleware(SecureASGIMiddleware, secure=HEADERS),
+        Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
+        Middleware(Guard, settings=settings, cache=cache, head=head),
+    ]
 
 
 class Owners:
@@ -103,16 +129,11 @@ class Guard:
 
     Args:
         app: Gradio's app.
-        settings: the settings of the server.
-        cache: Gradio's folder of cached files.
-        head: HTML for the head of the page.
+        settings, cache, head: as for `middlewares`.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, cache: Path, head: str) -> None:
-        self._app = app
-        self._settings = settings
-        self._cache = cache
-        self._head = head.encode()
+        self._app, self._settings, self._cache, self._head = app, settings, cache, head
         self._owners = Owners()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,56 +142,53 @@ class Guard:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        path, headers = scope["path"], Headers(scope=scope)
-        nonce = secrets.token_hex(16)
-        send = _with_headers(send, FILE_POLICY if path.startswith(FILE) else PAGE_POLICY.format(nonce=nonce))
-        if path == "/":
-            send = _page(send, self._head, nonce)
+        nonce, request = secrets.token_hex(16), HTTPConnection(scope)
+        send = _with_policy(send, FILE_POLICY if scope["path"].startswith(FILE) else PAGE_POLICY.format(nonce=nonce))
+        if scope["path"] == "/":
+            send = _page(send, self._head.replace("{origin}", str(request.base_url)), nonce)
         try:
-            receive, send = await self._checked(scope, headers, receive, send)
+            receive, send = await self._checked(request, receive, send)
         except Refusal as refusal:
             answer = JSONResponse({"detail": refusal.sentence}, refusal.status)
             return await answer(scope, receive, send)
-        client_address.set(scope["client"][0] if scope.get("client") else "")
+        client_address.set(request.client.host if request.client else "")
         await self._app(scope, receive, send)
 
-    async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    async def _checked(self, request: HTTPConnection, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """The request's channels, with the handles in its response recorded for its user.
 
         Raises: Refusal if the request is not allowed.
         """
-        path = scope["path"]
-        _check_site(scope, headers, self._settings.is_local)
+        path = request.scope["path"]
+        _check_site(request)
         if DISABLED_PATHS.fullmatch(path):
             raise Refusal(404, "Not found.")
         if self._settings.accounts is not None:
-            receive, send = await self._for_one_user(scope, headers, receive, send)
+            receive, send = await self._for_one_user(request, receive, send)
         if path.startswith(UPLOAD):
-            self._check_disk(headers)
+            self._check_disk(request.headers.get("content-length", "0"))
         if path.startswith(FILE) and not self._is_cached(path):
             raise Refusal(403, "Only uploaded and generated files are served.")
         return receive, send
 
-    def _check_disk(self, headers: Headers) -> None:
-        length = headers.get("content-length", "0")
+    def _check_disk(self, length: str) -> None:
         if shutil.disk_usage(self._cache).free < FREE_BYTES + (int(length) if length.isdigit() else 0):
             raise Refusal(507, "The server's disk is nearly full. Delete runs or images that are no longer needed.")
 
     def _is_cached(self, path: str) -> bool:
         return Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache)
 
-    async def _for_one_user(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    async def _for_one_user(self, request: HTTPConnection, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """As `_checked`, when accounts are in use: the user must be signed in and own every handle and session in the request."""
-        path, user = scope["path"], _user(scope, headers)
+        path, user = request.scope["path"], _user(request)
         if user is None:
             if PUBLIC_PATHS.fullmatch(path):
                 return receive, send
             raise Refusal(401, "You are not signed in. Reload the page and sign in.")
-        scope["user"] = user
-        named = f"{path}?{scope['query_string'].decode('latin-1')}".encode()
-        sessions = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])
-        sessions += SESSION_IN_PATH.findall(path)
-        if scope["method"] == "POST" and NAMES_SESSION.fullmatch(path):
+        request.scope["user"] = user
+        named = f"{path}?{request.url.query}".encode()
+        sessions = request.query_params.getlist("session_hash") + SESSION_IN_PATH.findall(path)
+        if request.scope["method"] == "POST" and NAMES_SESSION.fullmatch(path):
             body = await _body(receive)
             named, sessions = named + body, sessions + _sessions_in(body)
             receive = _replayed(body, receive)
@@ -205,23 +223,19 @@ class Guard:
         return sent
 
 
-def _check_site(scope: Scope, headers: Headers, is_local: bool) -> None:
+def _check_site(request: HTTPConnection) -> None:
     """Refuse requests from other websites, by the browser's Sec-Fetch-Site header, else by the Origin header."""
-    host = headers.get("host", "")
-    if is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        # DNS rebinding: another website's name that resolves to this machine.
-        raise Refusal(403, "The app answers only at its own address. Open the address that it printed when it started.")
+    headers, scope = request.headers, request.scope
     is_opened = scope["path"] == "/" and scope["method"] in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    from_elsewhere = site not in ("same-origin", "none") if site else bool(origin) and urlsplit(origin).netloc != host
-    if from_elsewhere and not is_opened:
+    is_foreign = site not in ("same-origin", "none") if site else bool(origin) and urlsplit(origin).netloc != headers.get("host")
+    if is_foreign and not is_opened:
         raise Refusal(403, "This request came from another website. The app answers only requests from its own page.")
 
 
-def _user(scope: Scope, headers: Headers) -> str | None:
+def _user(request: HTTPConnection) -> str | None:
     """The signed-in user, from Gradio's session cookie; None if nobody is signed in."""
-    app = scope["app"]
-    cookies = dict(part.strip().split("=", 1) for part in headers.get("cookie", "").split(";") if "=" in part)
+    app, cookies = request.app, request.cookies
     token = cookies.get(f"access-token-{app.cookie_id}") or cookies.get(f"access-token-unsecure-{app.cookie_id}")
     return app.tokens.get(token)
 
@@ -258,18 +272,16 @@ def _sessions_in(body: bytes) -> list[str]:
     return [session] if isinstance(session, str) else []
 
 
-def _with_headers(send: Send, policy: str) -> Send:
+def _with_policy(send: Send, policy: str) -> Send:
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in (HEADERS | {"Content-Security-Policy": policy}).items():
-                headers[name] = value
+            MutableHeaders(scope=message)["Content-Security-Policy"] = policy
         await send(message)
 
     return sent
 
 
-def _page(send: Send, head: bytes, nonce: str) -> Send:
+def _page(send: Send, head: str, nonce: str) -> Send:
     """`send` that puts `head` into the page and adds `nonce` to its script tags.
 
     Without quotes, because some tags are inside strings of a script.
@@ -279,8 +291,8 @@ def _page(send: Send, head: bytes, nonce: str) -> Send:
     async def sent(message: Message) -> None:
         held.append(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            body = b"".join(part.get("body", b"") for part in held[1:]).replace(b"<head>", b"<head>" + head, 1)
-            body = body.replace(b"<script", b"<script nonce=" + nonce.encode())
+            body = FOREIGN_TAGS.sub(b"", b"".join(part.get("body", b"") for part in held[1:]))
+            body = body.replace(b"<head>", f"<head>{head}".encode(), 1).replace(b"<script", f"<script nonce={nonce}".encode())
             headers = MutableHeaders(scope=held[0])
             if "content-length" in headers and body:
                 headers["content-length"] = str(len(body))
