@@ -169,6 +169,8 @@ class AdapterMethod:
     exports_exactly: ClassVar[bool] = True
     # Markdown on how other programs read the exported files, if their results differ.
     export_note: ClassVar[str | None] = None
+    # What scales other than 1 do, if the change is not proportional to them; such adapters cannot be added either.
+    scale_note: ClassVar[str | None] = None
     # Whether FSDP may shard its parameters.
     can_be_sharded: ClassVar[bool] = True
 

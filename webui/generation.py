@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.images import read_settings, save_image
-from pipelines.subject.generation_request import BlockScales, GenerationRequest, ScaledAdapter
+from pipelines.subject.generation_request import SAMPLERS, BlockScales, GenerationRequest, ScaledAdapter
+from training.runs.naming import title_of
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.measured import adapter_at, saved_steps
@@ -36,6 +37,8 @@ LAYOUTS: dict[Layout, tuple[str, str]] = {
 }
 # Favourites are kept beyond this number.
 MAX_IMAGES_KEPT = 200
+# Settings of an image that have the name of a field of its request.
+AGAIN = ("prompt", "negative_prompt", "seed", "guidance_scale")
 # The leading dot keeps it from being the id of a dataset.
 FOLDER = ".drawn"
 NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
@@ -114,7 +117,26 @@ def _of_run(view: RunView, part: str) -> dict[str, Any]:
     if step is None:
         raise InputError(GONE)
     path = view.record.path if step == last_step(view.record) else adapter_at(view.record, step)
-    return {"name": f"{view.name}, step {step}", "path": path, "model": view.options["model"]}
+    title = title_of(view.record.path, view.options, view.task)
+    return {"name": f"{title}, step {step}", "path": path, "model": view.options["model"]}
+
+
+def request_again(workspace: Workspace, settings: dict[str, Any], **changes: Any) -> GenerationRequest:
+    """The request that generated an image with these settings, with `changes`.
+
+    Raises: InputError if one of its adapters no longer exists.
+    """
+    adapters = [(each["reference"], each["scale"], BlockScales(**each.get("blocks", {}))) for each in settings["adapters"]]
+    values = {"steps": settings["num_inference_steps"], **{name: settings[name] for name in AGAIN}}
+    # Without one of these names it was the model's own.
+    sampler = settings["sampler"] if settings["sampler"] in SAMPLERS else None
+    return request_for(workspace, adapters, **{**values, "size": size_in(settings), "sampler": sampler, **changes})
+
+
+def size_in(settings: dict[str, Any]) -> tuple[int, int] | None:
+    """The width and height in an image's settings, which are one number in those of earlier versions."""
+    size = settings.get("resolution")
+    return (size, size) if isinstance(size, int) else None if size is None else tuple(size)
 
 
 def request_for(
@@ -148,18 +170,18 @@ class GeneratedImages:
         return cls(workspace.sets / FOLDER)
 
     def add(self, image: Image.Image, settings: dict[str, Any]) -> Path:
-        """Save an image with its settings; returns the file. Deletes the oldest images beyond `MAX_IMAGES_KEPT`."""
+        """Save an image with its settings; returns the file. Deletes the oldest beyond `MAX_IMAGES_KEPT` but no favourites."""
         path = self.folder / f"{time.time_ns():019d}-{secrets.token_hex(3)}.png"
         save_image(image, path, settings)
-        for old in self.newest()[MAX_IMAGES_KEPT:]:
+        for old in [each for each in self.newest() if not is_favourite(each)][MAX_IMAGES_KEPT:]:
             old.unlink(missing_ok=True)
         return path
 
-    def newest(self) -> list[Path]:
-        """All images, newest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+    def newest(self, only_favourites: bool = False) -> list[Path]:
+        """All images or the favourites, newest first."""
+        files = self.folder.iterdir() if self.folder.is_dir() else ()
+        images = sorted((path for path in files if NAME.fullmatch(path.name)), reverse=True)
+        return [path for path in images if is_favourite(path)] if only_favourites else images
 
     def find(self, name: str) -> Path:
         """The image with the file name `name`.
@@ -170,6 +192,29 @@ class GeneratedImages:
         if path is None or not path.is_file():
             raise InputError(f"This image no longer exists: only the newest {MAX_IMAGES_KEPT} are kept. Generate it again.")
         return path
+
+
+def is_favourite(path: Path) -> bool:
+    """Whether an image is one of the user's favourites."""
+    return _mark(path).exists()
+
+
+def set_favourite(path: Path, is_one: bool) -> None:
+    """Make an image a favourite, or not."""
+    if is_one:
+        _mark(path).touch()
+    else:
+        _mark(path).unlink(missing_ok=True)
+
+
+def delete_image(path: Path) -> None:
+    """Delete an image."""
+    set_favourite(path, False)
+    path.unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> Path:
+    return path.with_suffix(".favourite")
 
 
 def settings_of(path: Path) -> tuple[dict[str, Any], int]:

@@ -36,12 +36,13 @@ from pipelines.fewshot.sources import DatasetSource
 from pipelines.images import read_image
 from pipelines.subject import lora_files
 from pipelines.subject.adapters import save_everywhere
-from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest
+from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest, ScaledAdapter
 from pipelines.subject.image_checks import Finding, check_images
 from pipelines.subject.outliers import with_outliers
 from pipelines.subject.pipeline_cache import PipelineCache
 from pipelines.untrusted_images import reencode
 from training.options import SubjectOptions
+from training.runs import naming
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
@@ -49,7 +50,7 @@ from training.subject.finishing import SUGGESTED
 from training.subject.measured import adapter_at
 from training.subject.preview import CropPreview, crop_previews, truncated_prompts
 from webui.datasets import Dataset, num_test_images
-from webui.generation import LAYOUTS, GeneratedImages, Layout, find_adapter, last_step, reference_of
+from webui.generation import LAYOUTS, GeneratedImages, Layout, last_step
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
 from webui.labelled_datasets import LabelledClass, LabelledClasses
 from webui.runs import read_cached
@@ -89,31 +90,38 @@ def generate(report: Callable[[GenerationProgress | Path], None], workspace: Wor
     PIPELINES.generate(request, saved)
 
 
-def merge(request: GenerationRequest, layout: Literal["diffusers", "kohya"], folder: Path) -> Path:
-    """Merge the adapters of the request into one LoRA file in `folder`.
+def merge(request: GenerationRequest, layout: Literal["diffusers", "kohya"], path: Path) -> Path:
+    """Merge the adapters of the request into one LoRA file at `path`; returns it.
 
     Raises: InputError if they cannot be merged.
     """
-    return PIPELINES.merge(request, folder / f"merged-{layout}.safetensors", layout)
+    return PIPELINES.merge(request, path, layout)
 
 
-def adapter_file(workspace: Workspace, run_id: str, step: int, layout: Layout, folder: Path) -> Path:
-    """Write the adapter of a run at `step` in `layout`, a file or a zip of a folder, into `folder`.
+def adapter_file(workspace: Workspace, adapter: ScaledAdapter, layout: Layout, path: Path) -> Path:
+    """Write the adapter of a run in `layout` to `path`, a LoRA file or a zip of a folder; returns it.
 
-    Raises: InputError if there is no such adapter or layout.
+    Raises: InputError if it does not have this layout.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"The layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    adapter = find_adapter(workspace, reference_of(run_id, step))
-    path = _on_disk(workspace.run(run_id), step, layout)
-    if path is None:
-        pipeline, name = PIPELINES.loaded(adapter)
-        components: dict[str, Any] = adapted_components(pipeline, name)
-        save_everywhere(pipeline, components, folder, "adapter", name)
-        path = _in(folder, layout)
-    if path is None:
+    run_id, _, step = adapter.reference.partition("@")
+    record = workspace.run(run_id)
+    source = _on_disk(record, int(step), layout)
+    if source is None:
+        source = _in(_exported(record, adapter, int(step), path.parent / "export"), layout)
+    if source is None:
         raise InputError(f"This adapter has no file {LAYOUTS[layout][0]!r}. Download {LAYOUTS['full'][0]!r}, which all have.")
-    return _packed(path, folder / f"{run_id}-step-{step}-{layout}")
+    return Path(shutil.copyfile(source, path)) if source.is_file() else _zipped(source, path)
+
+
+def _exported(record: RunRecord, adapter: ScaledAdapter, step: int, folder: Path) -> Path:
+    """The folder with the adapter in all layouts, as a run exports its last step."""
+    pipeline, name = PIPELINES.loaded(adapter)
+    components: dict[str, Any] = adapted_components(pipeline, name)
+    options = record.options()
+    title = naming.title_of(record.path, options, "subject")
+    header = naming.header_of(title, options, step)
+    save_everywhere(pipeline, components, folder, naming.file_stem(title, step), name, header)
+    return folder
 
 
 def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
@@ -133,16 +141,13 @@ def _in(folder: Path, layout: Layout) -> Path | None:
     return next(iter(sorted((folder / layout).glob("*.safetensors"))), None)
 
 
-def _packed(source: Path, named: Path) -> Path:
-    """A copy of a file, or a zip of a folder, under its download name."""
-    if source.is_file():
-        return Path(shutil.copyfile(source, named.with_name(f"{named.name}.safetensors")))
-    target = named.with_name(f"{named.name}.zip")
+def _zipped(source: Path, path: Path) -> Path:
+    """A zip of a folder at `path`, in which the folder is called as the zip."""
     # Weights do not compress.
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
-        for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            packed.write(file, Path(named.name) / file.relative_to(source))
-    return target
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as packed:
+        for file in sorted(each for each in source.rglob("*") if each.is_file()):
+            packed.write(file, Path(path.stem) / file.relative_to(source))
+    return path
 
 
 def check_adapter(path: Path, name: str) -> None:

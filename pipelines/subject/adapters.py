@@ -193,6 +193,16 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
     return list(dict.fromkeys(sentence for model in components.values() for sentence in method.conflicts(model, adapter_name)))
 
 
+def scale_warning(pipeline: StableDiffusionXLPipeline, adapter_name: str, scale: float) -> str | None:
+    """What `scale` does to an adapter whose change cannot have any scale, as a sentence about "it"; None for the others."""
+    if scale == 1 or allows_any_scale(pipeline, adapter_name):
+        return None
+    return (
+        f"It has trained norms of rows, which have no scale: at {scale:g} only its low-rank part has it, and at 0 the images are "
+        "not those of the base model. Leave it out for these."
+    )
+
+
 def allows_any_scale(pipeline: StableDiffusionXLPipeline, adapter_name: str) -> bool:
     """Whether the change of an adapter on the pipeline can have any scale, not only 1."""
     configs = [(getattr(getattr(pipeline, name), "peft_config", None) or {}).get(adapter_name) for name in COMPONENTS]

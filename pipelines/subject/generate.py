@@ -253,17 +253,14 @@ class GenerationOptions:
 def load_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], scales: Sequence[float]) -> None:
     """Load the adapters at `paths` into the pipeline and activate them at their scales."""
     # Imported here, as --help needs neither PEFT nor diffusers, which take seconds to import.
-    from pipelines.subject.adapters import allows_any_scale, load_adapter
+    from pipelines.subject.adapters import load_adapter, scale_warning
 
     names = [f"adapter_{index}" for index in range(len(paths))]
     for path, name, scale in zip(paths, names, scales, strict=True):
         for warning in load_adapter(pipeline, path, name):
             logger.warning(warning)
-        if scale != 1 and not allows_any_scale(pipeline, name):
-            logger.warning(
-                f"{path} has trained norms of rows, which have no scale: at --scale {scale} only its low-rank part has it, and "
-                "at 0 the images are not those of the base model. Leave it out for these."
-            )
+        if (warning := scale_warning(pipeline, name, scale)) is not None:
+            logger.warning(f"{path} is at --scale {scale:g}. {warning}")
     if names:
         pipeline.set_adapters(names, adapter_weights=list(scales))
 

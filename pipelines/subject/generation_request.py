@@ -209,12 +209,14 @@ class GenerationProgress:
 
     Args:
         preview: the image so far, small; None if there is no new one.
+        warnings: sentences about the adapters, which may contain user input.
     """
 
     words: str
     done: int
     total: int
     preview: Image.Image | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from PIL import Image
 from nora_vision import AdapterFileError, export_lora
 from pipelines.adapter_method import tuner_layers
 from pipelines.errors import InputError
-from pipelines.subject.adapters import load_adapter, without_adapters
+from pipelines.subject.adapters import load_adapter, scale_warning, without_adapters
 from pipelines.subject.generate import generate, preview, threads_for
 from pipelines.subject.generation_request import (
     MAX_ADAPTERS,
@@ -39,10 +40,17 @@ UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexErr
 
 @dataclass
 class _Model:
-    """A loaded base model and the names of the adapters on it, by the file's path and modification time at loading."""
+    """A loaded base model, the names of the adapters on it, by the file's path and modification time, and warnings by name."""
 
     pipeline: StableDiffusionXLPipeline
     names: OrderedDict[tuple[str, int], str] = field(default_factory=OrderedDict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+
+    def warnings_about(self, name: str, adapter: ScaledAdapter) -> list[str]:
+        """Sentences about an adapter at its scale."""
+        scale = scale_warning(self.pipeline, name, adapter.scale)
+        sentences = [*self.warnings[name], *([] if scale is None else [scale])]
+        return [f"{adapter.name}: {each.replace(str(adapter.path), 'the file')}" for each in sentences]
 
 
 class PipelineCache:
@@ -65,6 +73,9 @@ class PipelineCache:
         total = request.steps * len(images)
         report(GenerationProgress("Loading the model", 0, total))
         model = self._ready(request)
+        names = [self._name(model, each) for each in request.adapters]
+        about = [model.warnings_about(name, each) for name, each in zip(names, request.adapters, strict=True)]
+        report(GenerationProgress("Loading the model", 0, total, warnings=tuple(chain.from_iterable(about))))
         with _sampler(model.pipeline, request.sampler) as sampler:
             for index, (seed, adapted) in enumerate(images):
                 begun = GenerationProgress(f"Image {index + 1} of {len(images)}", index * request.steps, total)
@@ -126,7 +137,7 @@ class PipelineCache:
                 model.pipeline.delete_adapters([oldest])
             self._count += 1
             name = f"adapter_{self._count}"
-            _load(model.pipeline, adapter, name)
+            model.warnings[name] = _load(model.pipeline, adapter, name)
             model.names[key] = name
         model.names.move_to_end(key)
         return model.names[key]
@@ -157,9 +168,10 @@ def _newest_change(adapter: ScaledAdapter) -> int:
     return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
-def _load(pipeline: StableDiffusionXLPipeline, adapter: ScaledAdapter, name: str) -> None:
+def _load(pipeline: StableDiffusionXLPipeline, adapter: ScaledAdapter, name: str) -> list[str]:
+    """Load an adapter; returns sentences about it."""
     try:
-        load_adapter(pipeline, adapter.path, name)
+        warnings = load_adapter(pipeline, adapter.path, name)
     except AdapterFileError as error:
         message = str(error).replace(str(adapter.path), adapter.name)
         raise InputError(f"{adapter.name} cannot be used: {message}") from error
@@ -169,6 +181,7 @@ def _load(pipeline: StableDiffusionXLPipeline, adapter: ScaledAdapter, name: str
         raise InputError(f"{adapter.name} does not fit this base model. Choose an adapter that was trained on it.") from error
     if not any(name in (getattr(component, "peft_config", None) or {}) for component in _components_of(pipeline)):
         raise InputError(f"{adapter.name} does not change this base model. Choose an adapter that was trained on it.")
+    return warnings
 
 
 def _scale_blocks(unet: torch.nn.Module, name: str, adapter: ScaledAdapter) -> None:

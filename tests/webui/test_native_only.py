@@ -4,7 +4,7 @@ import pytest
 from small_runs import small_run
 
 from pipelines.errors import InputError
-from webui.generation import layouts_of, request_for
+from webui.generation import find_adapter, layouts_of, request_for
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
@@ -22,12 +22,13 @@ def test_only_the_native_layouts_are_offered(workspace):
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_file_for_another_program_is_refused_with_the_one_to_take(workspace, tmp_path, step):
+    adapter = find_adapter(workspace, f"mixture@{step}")
     with pytest.raises(InputError, match=r"no file 'For diffusers'\. Download 'Full'"):
-        WORKER.call("adapter_file", workspace, "mixture", step, "diffusers", tmp_path)
-    assert WORKER.call("adapter_file", workspace, "mixture", step, "full", tmp_path).stat().st_size > 0
+        WORKER.call("adapter_file", workspace, adapter, "diffusers", tmp_path / "a.safetensors")
+    assert WORKER.call("adapter_file", workspace, adapter, "full", tmp_path / "a.zip").stat().st_size > 0
 
 
 def test_it_cannot_be_merged_with_others(workspace, tmp_path):
     request = request_for(workspace, [("mixture@4", 1.0, None)], prompt="a star")
     with pytest.raises(InputError, match=r"cannot be merged into one file: .*is adapted by a mixture of subspaces"):
-        WORKER.call("merge", request, "kohya", tmp_path)
+        WORKER.call("merge", request, "kohya", tmp_path / "a.safetensors")

@@ -15,7 +15,7 @@ def test_the_page_warns_of_a1111_syntax_in_scenes():
 
 
 def test_the_page_warns_of_a1111_syntax_in_generation_requests():
-    assert use._of_syntax(GenerationRequest(prompt="a star")) == ""
-    said = use._of_syntax(GenerationRequest(prompt="a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
-    assert said.count('class="warning"') == 2
-    assert "Combine with other adapters" in said
+    assert use.prompt_warnings(GenerationRequest(prompt="a star")) == []
+    lora, weight = use.prompt_warnings(GenerationRequest(prompt="a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
+    assert "Combine with other adapters" in lora
+    assert "Weights have no effect" in weight

@@ -1,6 +1,6 @@
-"""The screen Use in a real browser: generate, cancel, combine adapters, reuse settings and download."""
+"""The screen Use in a real browser: generate, vary, cancel, combine adapters, reuse settings and download."""
 
-import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from browsing import go_to, quiet, reload
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from run_folders import run_in
 from small_runs import small_run
 
 from pipelines.built_in import BUILT_IN_MODEL
@@ -16,6 +17,10 @@ from pipelines.images import read_settings
 from pipelines.subject.base_model import load_base_model
 
 PATIENCE = 180_000
+
+REMEMBERING_PREVIEW = """new MutationObserver(() => {
+  window.hadPreview ||= document.querySelector('#use-progress .denoising') !== null;
+}).observe(document.querySelector('#use-progress'), {childList: true, subtree: true})"""
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +54,7 @@ def set_number(page, field, value):
 
 
 def with_steps(page, steps):
-    if not page.locator("#use-steps").is_visible():
-        page.locator("#use-more button").first.click()
-        # Gradio resets what is typed while the fields are being created.
-        page.locator("#use-steps input[type=number]").wait_for()
-        quiet(page)
+    quiet(page)
     set_number(page, "use-steps", steps)
     assert page.locator("#use-steps input[type=number]").input_value() == str(steps)
 
@@ -61,6 +62,11 @@ def with_steps(page, steps):
 def generated(page):
     """Generate, and wait for the image."""
     page.locator("#use-generate").click()
+    finished(page)
+
+
+def finished(page):
+    """Wait for the end of a generation."""
     page.wait_for_selector("#use-cancel")
     page.wait_for_selector("#use-cancel", state="detached")
     page.wait_for_function("document.querySelector('#use-progress').innerText.includes('Done in')")
@@ -76,25 +82,62 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-@pytest.mark.slow(12)
-def test_an_image_is_reproducible_and_contains_its_settings(server, new_page, screenshot):
+def pick(page, field, option):
+    page.locator(f"#{field} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+@pytest.mark.slow(16)
+def test_a_seed_is_random_or_kept_and_an_image_can_be_varied_marked_and_deleted(server, new_page, screenshot):
     page = opened(new_page, server)
     assert page.locator("#use-prompt textarea").input_value() == "a star in the snow"
     page.locator("#use-suggestions button", has_text="a star at night").click()
     page.wait_for_function("document.querySelector('#use-prompt textarea').value === 'a star at night'")
+    with_steps(page, 30)
+    pick(page, "use-sampler", "DPM++ 2M Karras")
+    page.evaluate(REMEMBERING_PREVIEW)
+    page.locator("#use-prompt textarea").press("Enter")
+    finished(page)
+    assert page.evaluate("window.hadPreview")
     with_steps(page, 3)
     generated(page)
+    page.locator("#use-seeding input[value='Same seed']").check()
     generated(page)
-    first, second, *_ = saved_images(server)
-    assert first.read_bytes() == second.read_bytes()
-    said = read_settings(first)
-    assert (said["prompt"], said["seed"], said["adapters"][0]["scale"]) == ("a star at night", 0, 1.0)
+    newest, same, other, *_ = saved_images(server)
+    assert newest.read_bytes() == same.read_bytes() != other.read_bytes()
+    made = read_settings(newest)
+    assert (made["prompt"], made["sampler"], made["adapters"][0]["scale"]) == ("a star at night", "DPM++ 2M Karras", 1.0)
+    assert page.request.get(page.locator("#use-gallery img").first.get_attribute("src")).body() == newest.read_bytes()
+    screenshot(page, "use")
     page.locator("#use-gallery .thumbnail-lg").first.click()
     page.wait_for_function("document.querySelector('#use-details').innerText.includes('a star at night')")
-    shown = page.locator("#use-gallery img").first.get_attribute("src")
-    served = page.request.get(shown)
-    assert served.body() == first.read_bytes()
-    screenshot(page, "use")
+    page.locator("#use-vary").click()
+    finished(page)
+    varied = [read_settings(path)["seed"] for path in saved_images(server)[:4]]
+    assert varied == [made["seed"] + distance for distance in (4, 3, 2, 1)]
+    page.locator("#use-gallery .thumbnail-lg").nth(1).click()
+    page.wait_for_function(f"document.querySelector('#use-details').innerText.includes('{varied[1]}')")
+    page.locator("#use-favourite").click()
+    page.locator("#use-filter input[value=Favourites]").check()
+    page.wait_for_function("document.querySelectorAll('#use-gallery .thumbnail-lg').length === 1")
+    page.locator("#use-delete").click()
+    page.locator("#use-details", has_text="No favourites yet").wait_for()
+    assert varied[1] not in [read_settings(path)["seed"] for path in saved_images(server)[:3]]
+
+
+@pytest.mark.slow(4)
+def test_on_a_phone_the_images_follow_the_prompt_and_a_failed_run_is_called_ended(server, new_page):
+    page = opened(new_page, server, size="phone")
+    tops = [page.locator(f"#use-{name}").bounding_box()["y"] for name in ("prompt", "generate", "filter", "weight", "layout")]
+    assert tops == sorted(tops)
+    broken = run_in(server.runs / "20990101-000000-broken", "failed", error="RuntimeError: out of memory")
+    try:
+        page = new_page(server.url, size="phone")
+        go_to(page, "use")
+        page.locator("#use-empty b", has_text="This run ended without an adapter").wait_for(timeout=PATIENCE)
+        assert "out of memory. Resume it" in page.locator("#use-empty").inner_text()
+    finally:
+        shutil.rmtree(broken.path)
 
 
 @pytest.mark.slow(8)
@@ -158,6 +201,10 @@ def test_combined_adapters_generate_are_reused_and_merged_for_stock_diffusers(se
     with_steps(page, 3)
     set_number(page, "use-weight", 0.5)
     set_number(page, "use-seed", 7)
+    page.locator("#use-blocks-0 button").first.click()
+    page.locator("#use-down-0 input[type=number]").wait_for()
+    quiet(page)
+    set_number(page, "use-down-0", 0.5)
     page.locator("#use-combine button").first.click()
     page.locator("#use-mixed-0 input").click()
     page.get_by_role("option").nth(1).click()
@@ -167,7 +214,12 @@ def test_combined_adapters_generate_are_reused_and_merged_for_stock_diffusers(se
     settings = read_settings(mixed)
     assert [each["scale"] for each in settings["adapters"]] == [0.5, 0.7]
     assert (settings["seed"], settings["num_inference_steps"]) == (7, 3)
-    page.locator("#use-merge-layout input[value=diffusers]").check()
+    assert settings["adapters"][0]["blocks"] == {"down": 0.5, "mid": 1.0, "up": 1.0}
+    # A merged file has one weight for each adapter.
+    set_number(page, "use-down-0", 1)
+    generated(page)
+    mixed = saved_images(server)[0]
+    page.locator("#use-layout input[value=diffusers]").check()
     with page.expect_download() as download:
         page.locator("#use-merge").click()
     file = tmp_path / download.value.suggested_filename
@@ -189,20 +241,23 @@ def test_combined_adapters_generate_are_reused_and_merged_for_stock_diffusers(se
 
 
 @pytest.mark.slow(7)
-def test_every_layout_of_the_adapter_can_be_downloaded(server, new_page, tmp_path):
+def test_every_layout_of_the_adapter_can_be_downloaded_with_a_card(server, new_page, tmp_path):
     page = opened(new_page, server)
     names = []
     for layout in ("full", "diffusers", "kohya"):
+        page.locator(f"#use-layout input[value={layout}]").check()
         with page.expect_download() as download:
-            page.locator(f"#use-download-{layout}").click()
+            page.locator("#use-download").click()
         names.append(download.value.suggested_filename)
         assert Path(download.value.path()).stat().st_size > 1000
-    run = names[0].partition("-step")[0]
-    step = re.search(r"step-(\d+)", names[0])[1]
-    assert names == [f"{run}-step-{step}-{end}" for end in ("full.zip", "diffusers.safetensors", "kohya.safetensors")]
-    # A LoRA has no smaller form.
-    assert page.locator("#use-download-compact").is_hidden()
-    assert "KB" in page.locator("#use-size-full").inner_text()
+        page.locator("#use-card h3", has_text=names[-1]).wait_for()
+    assert names == ["a-star-step2-full.zip", "a-star-step2-diffusers.safetensors", "a-star-step2.safetensors"]
+    # The built-in model is no SDXL, and a LoRA has no smaller form.
+    assert "fit the demo model alone" in page.locator("#use-card").inner_text()
+    assert "a-star-step2.safetensors" in page.locator("#use-code").inner_text()
+    assert page.locator("#use-workflow").count() == 0
+    assert "For ComfyUI" not in page.locator("#use-layout").inner_text()
+    assert page.locator("#use-layout input[value=compact]").count() == 0
 
 
 @pytest.mark.slow(10)

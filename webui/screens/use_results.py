@@ -1,0 +1,266 @@
+"""The results on the screen Use: the generated images, and the files of the adapter with what to do with them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
+
+from pipelines.built_in import is_built_in
+from pipelines.errors import InputError
+from pipelines.methods import DEFAULT, method_named
+from pipelines.subject.generation_request import GenerationRequest
+from pipelines.subject.usage import comfyui_workflow, python_code
+from training.runs.naming import default_title, file_stem, title_of
+from webui.context import QUIET, AppContext, show_errors
+from webui.generation import (
+    LAYOUTS,
+    GeneratedImages,
+    Layout,
+    delete_image,
+    is_favourite,
+    layouts_of,
+    set_favourite,
+    settings_of,
+    size_in,
+    size_text,
+)
+from webui.inference_worker import WORKER
+from webui.render import CRISP_SIDE, TEMPLATES, in_cache, parts
+from webui.runs import RunView
+from webui.workspace import Workspace
+
+# With a delay, until the button has its new file.
+SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"
+# The format of the demo model's files, which those programs cannot use.
+KOHYA = ("kohya's format", "A LoRA file in the format of kohya's scripts, for the demo model alone.")
+ALL, FAVOURITES = "All images", "Favourites"
+GALLERY_SIZE = 48
+HINT = parts.note("Click an image to see its settings, vary it or delete it. Its file contains the settings.")
+NO_IMAGES = parts.empty("No images yet", "Generated images appear here, newest first. They stay when you close the page.")
+NO_FAVOURITES = parts.empty("No favourites yet", "Click an image and mark it as a favourite.")
+LORA_LAYOUTS = ("diffusers", "kohya")
+DEMO = (
+    "This adapter was trained on the demo model, and its files fit the demo model alone. To use your subject in ComfyUI, A1111 "
+    "or with SDXL in diffusers, train on SDXL."
+)
+# Where a file goes, by program.
+INSTRUCTIONS: dict[Layout, dict[str, str]] = {
+    "kohya": {
+        "ComfyUI": "Put it into ComfyUI/models/loras. Add a LoraLoader node, or open the workflow below in ComfyUI's window.",
+        "A1111, Forge": "Put it into models/Lora, and write <lora:{name}:{weight}> and the trigger word into the prompt.",
+        "diffusers": "Load it with load_lora_weights, as in the code below.",
+    },
+    "diffusers": {"diffusers": "Load it with load_lora_weights, as in the code below."},
+    "full": {"PEFT, NoRA Vision": "Unpack the zip, and load its folder with load_adapter, as in the code below."},
+    "compact": {"NoRA Vision": "Unpack the zip, and load its folder with load_adapter, as in the code below."},
+}
+macros: Any = TEMPLATES.get_template("use.html").module
+
+
+class Gallery:
+    """The user's generated images, and what can be done with the selected one."""
+
+    def __init__(self, context: AppContext) -> None:
+        self.context, self.selected = context, gr.State(None)
+        self.filter = gr.Radio([ALL, FAVOURITES], value=ALL, show_label=False, container=False, elem_id="use-filter")
+        looks = {"columns": 3, "object_fit": "contain", "height": "auto", "format": "png", "buttons": ["download", "fullscreen"]}
+        self.gallery = gr.Gallery(show_label=False, elem_id="use-gallery", **looks)
+        self.details = gr.HTML(elem_id="use-details")
+        with gr.Row(visible=False, elem_classes="buttons", elem_id="use-selected") as self.actions:
+            self.again = gr.Button("Reuse these settings", size="sm", min_width=150, elem_id="use-again")
+            self.vary = gr.Button("Variations", size="sm", min_width=90, elem_id="use-vary")
+            self.favourite = gr.Button("Favourite", size="sm", min_width=90, elem_id="use-favourite")
+            self.delete = gr.Button("Delete", size="sm", min_width=90, elem_id="use-delete")
+        self.outputs = [self.gallery, self.details]
+        self._wire()
+
+    def _wire(self) -> None:
+        for event in (self.context.page.load, self.filter.input):
+            event(self._show, self.filter, self.outputs, **QUIET)
+        self.gallery.select(self._select, None, [self.selected, self.details, self.actions, self.favourite], **QUIET)
+        chosen = [self.selected, self.filter]
+        self.favourite.click(self._mark, chosen, [*self.outputs, self.favourite], **QUIET)
+        self.delete.click(self._delete, chosen, [*self.outputs, self.actions], **QUIET)
+
+    @show_errors
+    def _show(self, which: str, request: gr.Request) -> list[Any]:
+        return gallery_of(self.context.settings.workspace(request), which == FAVOURITES)
+
+    @show_errors
+    def _select(self, event: gr.SelectData, request: gr.Request) -> list[Any]:
+        images = GeneratedImages.of(self.context.settings.workspace(request))
+        path = images.find(Path(str(event.value["image"]["path"])).name)
+        return [path.name, _details(settings_of(path)[0]), gr.Row(visible=True), _favourite_button(path)]
+
+    @show_errors
+    def _mark(self, name: str, which: str, request: gr.Request) -> list[Any]:
+        workspace = self.context.settings.workspace(request)
+        path = GeneratedImages.of(workspace).find(name)
+        set_favourite(path, not is_favourite(path))
+        return [*gallery_of(workspace, which == FAVOURITES), _favourite_button(path)]
+
+    @show_errors
+    def _delete(self, name: str, which: str, request: gr.Request) -> list[Any]:
+        workspace = self.context.settings.workspace(request)
+        delete_image(GeneratedImages.of(workspace).find(name))
+        return [*gallery_of(workspace, which == FAVOURITES), gr.Row(visible=False)]
+
+
+def gallery_of(workspace: Workspace, only_favourites: bool) -> list[Any]:
+    """Updates of the gallery, with the user's newest images and their settings as captions, and of the hint below it."""
+    images = GeneratedImages.of(workspace).newest(only_favourites)[:GALLERY_SIZE]
+    items = [(in_cache(path), _caption(path, path.stat().st_mtime_ns), is_favourite(path)) for path in images]
+    value = [(cached, f"★ {caption}" if favourite else caption) for cached, (caption, _), favourite in items]
+    classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for _, (_, side), _ in items) else [])]
+    empty = NO_FAVOURITES if only_favourites else NO_IMAGES
+    return [gr.Gallery(value=value, visible=bool(items), elem_classes=classes, selected_index=None), HINT if items else empty]
+
+
+@functools.lru_cache(maxsize=4096)
+def _caption(path: Path, changed: int) -> tuple[str, int]:
+    """An image's settings in one line, and its width in pixels."""
+    settings, side = settings_of(path)
+    used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings.get("adapters", [])) or "base model"
+    return f"{settings['prompt']}; {used}; seed {settings['seed']}", side
+
+
+def _details(settings: dict[str, Any]) -> str:
+    """An image's settings as a list."""
+    used = ", ".join(f"{each['name']} at {each['scale']:g}" for each in settings.get("adapters") or [])
+    size = size_in(settings)
+    facts = {
+        "Prompt": settings["prompt"],
+        "Negative prompt": settings["negative_prompt"],
+        "Adapters": used or "none (base model)",
+        "Seed": settings["seed"],
+        "Size": "" if size is None else f"{size[0]} x {size[1]}",
+        "Steps, guidance scale": f"{settings['num_inference_steps']}, {settings['guidance_scale']:g}",
+        "Base model, sampler": f"{settings['model']}, {settings['sampler']}",
+    }
+    return parts.facts([(name, value) for name, value in facts.items() if value != ""])
+
+
+def _favourite_button(path: Path) -> gr.Button:
+    return gr.Button("Not a favourite" if is_favourite(path) else "Favourite")
+
+
+class Files:
+    """The downloads of the adapter, and the card of the last one."""
+
+    def __init__(self, context: AppContext) -> None:
+        self.context = context
+        gr.Markdown("### Download\nThe adapter at the selected step, or all chosen adapters merged, each at its weight.")
+        self.formats = gr.HTML(elem_id="use-formats")
+        self.layout = gr.Radio([(name, layout) for layout, (name, _) in LAYOUTS.items()], label="Format", elem_id="use-layout")
+        with gr.Row(elem_classes="buttons"):
+            self.download = gr.Button("Download", variant="primary", scale=0, min_width=160, elem_id="use-download")
+            self.merge = gr.Button("Merge and download", scale=0, min_width=240, elem_id="use-merge")
+        self.file = gr.DownloadButton("Download", elem_id="use-file", elem_classes=["unseen"])
+        self.card = gr.HTML(visible=False, elem_id="use-card")
+        self.workflow = gr.DownloadButton("Download the ComfyUI workflow", size="sm", visible=False, elem_id="use-workflow")
+        self.code = gr.Code(language="python", label="Python", interactive=False, visible=False, elem_id="use-code")
+        self.outputs = [self.formats, self.layout, self.card, self.workflow, self.code]
+
+    def updates(self, view: RunView) -> dict[Any, Any]:
+        """The formats that a run's adapters have, and the size and the use of each."""
+        layouts = layouts_of(view.record)
+        names = {layout: KOHYA if layout == "kohya" and _is_demo(view) else LAYOUTS[layout] for layout in layouts}
+        rows = [(name, f"{size_text(layouts[layout])}. {use}") for layout, (name, use) in names.items()]
+        default = next((layout for layout in ("kohya", "full") if layout in layouts), None)
+        choices = [(name, layout) for layout, (name, _) in names.items()]
+        hidden = {each: type(each)(visible=False) for each in (self.card, self.workflow, self.code)}
+        formats = {self.formats: macros.formats(rows, warnings_of(view)), self.layout: gr.Radio(choices=choices, value=default)}
+        return {**formats, **hidden}
+
+    def wire(self, inputs: list[Any], request_of: Callable[..., GenerationRequest]) -> None:
+        """Create a file when its button is pressed, show what to do with it, and let the browser download it.
+
+        Args:
+            inputs: the values that `request_of` makes a request of, beginning with the run and the step.
+        """
+        on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
+        outputs = [self.file, self.card, self.workflow, self.code]
+        for button, is_merged in ((self.download, False), (self.merge, True)):
+            save, inputs_of = self._handler(is_merged, request_of), [self.layout, *inputs]
+            created = button.click(save, inputs_of, outputs, show_progress_on=[button], **on_device)
+            created.success(None, js=SAVE, api_visibility="private")
+
+    def _handler(self, is_merged: bool, request_of: Callable[..., GenerationRequest]) -> Callable[..., list[Any]]:
+        @show_errors
+        def save(request: gr.Request, layout: Layout, run_id: str, step: int, prompt: str, *values: Any) -> list[Any]:
+            workspace = self.context.settings.workspace(request)
+            view = RunView(workspace.run(run_id))
+            wanted = request_of(workspace, run_id, step, (prompt or "").strip() or view.name, *values)
+            stem = file_stem(title_of(view.record.path, view.options, view.task), step)
+            with tempfile.TemporaryDirectory() as folder:
+                path = _created(
+                    workspace,
+                    wanted,
+                    layout,
+                    is_merged,
+                    Path(folder) / file_name(f"{stem}-merged" if is_merged else stem, layout),
+                )
+                used = wanted.adapters[0].model_copy(update={"scale": 1.0} if is_merged else {})
+                one = wanted.model_copy(update={"adapters": (used,)})
+                return [gr.DownloadButton(value=_cached(path)), *_card(view, one, layout, path, Path(folder))]
+
+        return save
+
+
+def _created(workspace: Workspace, wanted: GenerationRequest, layout: Layout, is_merged: bool, path: Path) -> Path:
+    """The file for a download at `path`, of the request's first adapter or of all of them merged."""
+    if not is_merged:
+        return WORKER.call("adapter_file", workspace, wanted.adapters[0], layout, path)
+    if layout not in LORA_LAYOUTS:
+        names = " or ".join(repr(LAYOUTS[each][0]) for each in LORA_LAYOUTS)
+        raise InputError(f"Merged adapters are a LoRA file, got the format {LAYOUTS[layout][0]!r}. Choose {names}.")
+    return WORKER.call("merge", wanted, layout, path)
+
+
+def _card(view: RunView, wanted: GenerationRequest, layout: Layout, path: Path, folder: Path) -> list[Any]:
+    """Updates of the card, the workflow and the code for a downloaded file."""
+    is_demo, is_native, weight = _is_demo(view), layout not in LORA_LAYOUTS, f"{wanted.adapters[0].scale:g}"
+    instructions = {} if is_demo else INSTRUCTIONS[layout]
+    rows = [(program, text.format(name=path.stem, weight=weight)) for program, text in instructions.items()]
+    card = macros.card(path.name, rows, trigger_of(view), weight, [DEMO] if is_demo else [])
+    workflow = gr.DownloadButton(visible=False)
+    if layout == "kohya" and not is_demo:
+        saved = folder / f"{path.stem}-comfyui.json"
+        saved.write_text(json.dumps(comfyui_workflow(wanted, path.name), indent=2), encoding="utf-8")
+        workflow = gr.DownloadButton(value=_cached(saved), visible=True)
+    code = python_code(wanted, path.stem if is_native else path.name, is_native)
+    return [gr.HTML(card, visible=True), workflow, gr.Code(code, visible=True)]
+
+
+def _cached(path: Path) -> str:
+    return save_file_to_cache(path, get_upload_folder())
+
+
+def _is_demo(view: RunView) -> bool:
+    return is_built_in(str(view.chosen("model", "pretrained_model_name_or_path")))
+
+
+def warnings_of(view: RunView) -> list[str]:
+    """What a user must know of a run's adapter: what its files fit, how exact they are, and what its weight does."""
+    method, share = method_named(view.chosen("adapter", "method") or DEFAULT), view.status.expected_left_out
+    approximate = f"LoRA files of this adapter are an approximation: about {share or 0:.0%} of the weight change was left out."
+    notes = [DEMO if _is_demo(view) else None, approximate if share else None, method.export_note, method.scale_note]
+    return [" ".join(note.split()) for note in notes if note is not None]
+
+
+def trigger_of(view: RunView) -> str:
+    """The words of the prompt that stand for the run's subject; they contain user input."""
+    return default_title(view.options, view.task)
+
+
+def file_name(stem: str, layout: Layout) -> str:
+    """The name of a downloaded file: that of a LoRA file, or of a zip with a folder of the same name."""
+    return {"kohya": f"{stem}.safetensors", "diffusers": f"{stem}-diffusers.safetensors"}.get(layout, f"{stem}-{layout}.zip")
