@@ -83,13 +83,13 @@ USE = """
 from pipelines.methods import method_names, title_of
 from training.options import SubjectOptions, parse_options
 from training.options.fewshot import parse_fewshot_options
-from webui.work.form_schema import panel_fields
+from webui.form_schema import form_fields
 options = parse_options(["--method", "warm_lora", "--warmth", "0.75", "--rank", "3"])
 method = options.adapter.create()
 assert method.options.warmth == 0.75 and method.config(["q"]).r == 3
 assert parse_fewshot_options(["--method", "warm_lora"]).adapter("warm_lora").create().options.warmth == 0.5
 assert title_of("warm_lora") == "Warm LoRA"
-assert [f.methods for f in panel_fields("subject", True)["adapter"] if f.name == "warmth"] == [("warm_lora",)]
+assert [f.methods for f in form_fields("subject", True)["adapter"] if f.name == "warmth"] == [("warm_lora",)]
 print("used")
 """
 

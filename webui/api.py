@@ -16,13 +16,14 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from pipelines.errors import InputError
-from webui import class_presets, launching, uploads
+from webui import launching, uploads
 from webui.context import AppContext, show_errors
 from webui.datasets import Dataset
 from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
+from webui.tasks import fitted
 from webui.workspace import Settings, Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
@@ -207,7 +208,7 @@ def _with_classes(workspace: Workspace, options: dict[str, dict[str, Any]], file
     classes = uploaded_classes(dataset)
     if not classes.is_ready:
         raise InputError(classes.warnings()[0])
-    return class_presets.completed(classes, options, options)
+    return fitted(classes, options, options)
 
 
 def _check_added(added: uploads.Added) -> None:

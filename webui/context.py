@@ -126,7 +126,6 @@ def keys(now: Mapping[str, LazyUpdate]) -> dict[str, Hashable]:
 
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
-EMPTY_DRAFT = {"set": None, "preset": "Balanced", "options": {}}
 
 
 def followed(component: gr.components.Component) -> gr.State:
@@ -152,8 +151,7 @@ class AppContext:
         step: the step whose adapter Use generates with; Use renders and fills it, Judge sets it.
         chosen: the run and the step that the user selected on Use or Judge; None for the recommended step.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
-        draft: the settings of the next run, stored by the browser: {"set": id of its images or None, "options": the values that
-            differ from the defaults, by group, "preset": its name}. Never the settings of a run that was started.
+        draft: the settings of the next runs, stored by the browser; see `Draft`. Never the settings of a run that was started.
         draft_changed: a copy of `draft` whose change event several screens listen to.
         class_draft: the same as `draft` for the next classifier.
         refresh: a hidden button that page.js clicks when a run has changed.

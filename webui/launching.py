@@ -25,11 +25,13 @@ import psutil
 from pipelines.built_in import IS_CHECKOUT, ROOT, import_path
 from pipelines.errors import InputError
 from pipelines.run_file import ResolvedOptions
+from training.options.values import changed, flags
 from training.runs import run_requests
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch
 from training.runs.run_log import LOG, START, log_tail
 from training.runs.waiting import QUEUE
+from webui.form_schema import validated
 from webui.inference_worker import WORKER
 from webui.runs import RunView
 from webui.workspace import Workspace
@@ -63,11 +65,8 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
         options: the values that differ from the defaults, by group and field, as in SubjectOptions or FewShotOptions.
     Raises: InputError for an invalid option, before anything is written.
     """
-    from webui.work import options as page_options
-
-    values = page_options.cleaned(workspace, task, options)
-    page_options.built(task, values)
-    page_options.flags(task, values)
+    values, _ = validated(workspace, task, options)
+    flags(task, values)
     path = workspace.new_run().absolute()
     words = command(task, values, path)
     Launch(task, words, time.time(), values).write(path)
@@ -82,10 +81,7 @@ def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) 
         options: as for `start`.
     Raises: InputError as `start` does.
     """
-    from webui.work import options as page_options
-
-    values = page_options.cleaned(workspace, task, options)
-    page_options.built(task, values)
+    values, _ = validated(workspace, task, options)
     words = [*command(task, values, path.absolute()), "--dry_run"]
     path.mkdir(parents=True)
     _spawn(workspace, path.absolute(), words, _launch_folder(workspace))
@@ -96,9 +92,7 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
 
     Raises: InputError for a value that cannot be written on a command line.
     """
-    from webui.work import options as page_options
-
-    return [LAUNCHER, "launch", RECIPES[task], *page_options.flags(task, options), "--output_dir", str(output_dir)]
+    return [LAUNCHER, "launch", RECIPES[task], *flags(task, options), "--output_dir", str(output_dir)]
 
 
 def shown_command(words: Sequence[str]) -> str:
@@ -157,9 +151,7 @@ def duplicate(workspace: Workspace, run_id: str) -> Values:
         return view.launch.options
     if not view.options:
         raise InputError("The options of this run were not recorded. Set up a new run instead.")
-    from webui.work import options as page_options
-
-    return page_options.changed(view.task, view.options)
+    return changed(view.task, view.options)
 
 
 def delete(workspace: Workspace, run_id: str) -> None:
@@ -181,9 +173,7 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
     """The command that resumes a run, and the working directory for it."""
     path = view.record.path.absolute()
     if view.launch.options is not None:
-        from webui.work import options as page_options
-
-        page_options.build(workspace, view.task, view.launch.options)
+        validated(workspace, view.task, view.launch.options)
         return [*command(view.task, view.launch.options, path), *RESUMING], _launch_folder(workspace)
     if not view.options:
         raise InputError("This run ended before it recorded its options. Start it again with its original command.")

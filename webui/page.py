@@ -9,8 +9,8 @@ from urllib.parse import parse_qs
 import gradio as gr
 
 from webui.api import build_api
-from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
-from webui.context import EMPTY_DRAFT, QUIET, AppContext, followed, show_errors
+from webui.context import QUIET, AppContext, followed, show_errors
+from webui.draft import Draft
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.workspace import Settings
 
@@ -92,7 +92,7 @@ def _context(page: gr.Blocks, settings: Settings) -> AppContext:
     """The components that the screens share, put into the open page."""
     run = gr.Dropdown(label="Run", info="The run shown on Train, Judge and Use.", elem_id="run", interactive=True)
     # The drafts are not secret. A key of this server process would lose them on a restart.
-    draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
+    draft = gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-draft", secret="nora-vision-draft")
     return AppContext(
         page,
         settings,
@@ -103,7 +103,7 @@ def _context(page: gr.Blocks, settings: Settings) -> AppContext:
         tabs=gr.Tabs(elem_id="screens", overflow_behavior="wrap"),
         draft=draft,
         draft_changed=followed(draft),
-        class_draft=gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify"),
+        class_draft=gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-classify", secret="nora-vision-classify"),
         refresh=gr.Button(visible="hidden", elem_id="refresh"),
         active_tab=gr.State(next(iter(SCREENS))),
         refresh_triggers={name: gr.State(0.0) for name in SCREENS},

@@ -1,12 +1,14 @@
-"""Presets for training on a subject: option values, each with its reason. The figures were measured."""
+"""Presets of both tasks: option values, each with its reason. The figures were measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from webui.draft import Options
+from pipelines.methods import DEFAULT, REFERENCE, title_of
+from pipelines.subject.heldout import MIN_IMAGES_TO_HOLD_OUT, NONE
+from training.options.values import Values, merged
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class Value:
         group, field: the option.
         value: the value of the option.
         reason: the reason, one sentence.
+        below: it applies to datasets with fewer images; None for all.
     """
 
     group: str
     field: str
     value: Any
     reason: str
+    below: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,30 +35,27 @@ class Preset:
 
     Args:
         name: the display name.
-        duration: the training time, compared with Balanced.
+        summary: the display name's supplement.
         purpose: when to use it.
         values: its option values; all others are the trainer's defaults.
     """
 
     name: str
-    duration: str
+    summary: str
     purpose: str
     values: tuple[Value, ...]
 
-    def options(self) -> Options:
-        """The option values by group and field."""
-        values: Options = {}
-        for each in self.values:
-            values.setdefault(each.group, {})[each.field] = each.value
-        return values
+    def of(self, num_images: int) -> Iterator[Value]:
+        """The values for a dataset of so many images."""
+        return (each for each in self.values if each.below is None or num_images < each.below)
 
-    def reason(self, group: str, field: str) -> str | None:
-        """The reason for an option's value; None if the preset does not set it."""
-        return next((each.reason for each in self.values if (each.group, each.field) == (group, field)), None)
+    def options(self, num_images: int) -> Values:
+        """The option values by group and field."""
+        return merged(*({each.group: {each.field: each.value}} for each in self.of(num_images)))
 
 
 # Measured on five photographs of a toy robot, one of them held out, with the built-in model on one core. A step takes 0.23 s, a
-# validation loss 3.6 s, a set of sample images 6 s, the check of the exported files 26 s, and everything else 44 s.
+# set of sample images 6 s.
 # Similarity to the subject and validation loss of the recommended checkpoint (base model: 0.176, 1.000), and processor time:
 #   Balanced 0.273, 0.944 in 153 to 185 s;  Fast 0.277, 0.938 in 107 s;
 #   800 steps at half the rate 0.267, 0.938 in 217 s, no better for more time, and 400 at a third of it with min-SNR weights
@@ -65,7 +66,7 @@ class Preset:
 SUBJECT = (
     Preset(
         "Fast",
-        "a little more than half as long as Balanced",
+        "a quick test",
         "For a quick test: does the model learn the subject, and are the photos good enough?",
         (
             Value("optimisation", "max_train_steps", 160, "Colours and large parts are learned early, details later."),
@@ -83,11 +84,21 @@ SUBJECT = (
                 False,
                 "The exported files are not verified with diffusers. Use Balanced before you share them.",
             ),
+            # Cross-validation on four photos takes as long as two complete trainings. One held-out photo would take a quarter of
+            # the training images, and the loss of a single photo says little; the sample images choose the checkpoint instead.
+            Value(
+                "data",
+                "heldout_image",
+                NONE,
+                f"With fewer than {MIN_IMAGES_TO_HOLD_OUT} photos, cross-validation would triple the time. The sample images "
+                "choose the checkpoint.",
+                below=MIN_IMAGES_TO_HOLD_OUT,
+            ),
         ),
     ),
     Preset(
         "Balanced",
-        "about three minutes with the built-in model",
+        "recommended",
         "The trainer's defaults; the right choice in most cases.",
         (
             Value(
@@ -100,7 +111,7 @@ SUBJECT = (
     ),
     Preset(
         "Best",
-        "about a third longer than Balanced",
+        "more checkpoints to select from",
         "The same training, with more checkpoints to select from. Longer training and lower learning rates were tried and "
         "gave no better results.",
         (
@@ -119,10 +130,50 @@ SUBJECT = (
         ),
     ),
 )
-BALANCED = "Balanced"
 
+BASELINES = ["zeroshot", "pixels", "linear_probe"]
+COMPARED = [*BASELINES, DEFAULT]
+MOST_COMPARED = [*BASELINES, "tip_adapter_f", REFERENCE, DEFAULT]
+BESIDE = f"{title_of(DEFAULT)} and three baselines: zero-shot, raw pixels and a linear probe."
+EVERY_IMAGE = "All images that are not in the test or validation split. More images help more than any other setting."
+ONE_SEED = "With all images, another seed would select the same training images."
 
-def preset_named(presets: Sequence[Preset], name: str) -> Preset:
-    """The preset `name`, or Balanced if there is none."""
-    by_name = {preset.name: preset for preset in presets}
-    return by_name.get(name, by_name[BALANCED])
+# Measured on the digits example, one run after the other on two idle cores: Fast 75 s, Balanced 193 s, Best 336 s.
+CLASSIFY = (
+    Preset(
+        "Fast",
+        "a quick test",
+        "For a quick test: can the classes be distinguished, and does training help?",
+        (
+            Value("data", "shots", ["16"], "16 training images per class (16-shot), which is fast and enough for a test."),
+            Value("data", "seeds", [0], "One random split."),
+            Value("method", "method", COMPARED, BESIDE),
+        ),
+    ),
+    Preset(
+        "Balanced",
+        "recommended",
+        "For a classifier that you want to use. Trains on all images outside of the test and validation splits.",
+        (
+            Value("data", "shots", ["all"], EVERY_IMAGE),
+            Value("data", "seeds", [0], ONE_SEED),
+            Value("method", "method", COMPARED, BESIDE),
+        ),
+    ),
+    Preset(
+        "Best",
+        "compares more methods",
+        "Trains more methods on all images; choose the most accurate one afterwards.",
+        (
+            Value("data", "shots", ["all"], EVERY_IMAGE),
+            Value("data", "seeds", [0], ONE_SEED),
+            Value("method", "method", MOST_COMPARED, f"Also Tip-Adapter-F and {title_of(REFERENCE)}."),
+            Value(
+                "optimisation",
+                "min_train_steps",
+                200,
+                "At least 200 steps, twice the default minimum. This matters for few images.",
+            ),
+        ),
+    ),
+)

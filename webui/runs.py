@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from pipelines.errors import InputError
 from pipelines.methods import DEFAULT, title_of
 from pipelines.run_file import ResolvedOptions, RunFile
+from training.options.data import SAMPLE_PROMPT
 from training.runs import run_requests
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord, process_of
@@ -28,7 +29,6 @@ from training.runs.run_files import (
 )
 from training.runs.run_log import ended_by, last_error
 from training.runs.waiting import QUEUE, runs_before
-from webui.draft import SAMPLE_PROMPT
 from webui.workspace import Workspace, began
 
 Task = Literal["subject", "classify"]

@@ -176,9 +176,8 @@ class NoraOptions:
         at_least(self, 0, "gradient_batches")
         above_zero(self, "lora_plus_ratio")
         within(self, 0, 1, "gradient_share")
-        if self.calibration == "base":
-            # It has the diagonal scale alone.
-            one_of(self, ("diagonal",), "weighting")
+        # The base calibration has the diagonal scale alone.
+        one_of(self, ("diagonal",) if self.calibration == "base" else WEIGHTINGS, "weighting")
         self._check_combinations()
 
     def _check_combinations(self) -> None:

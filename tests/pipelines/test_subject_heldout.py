@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.subject.evaluation import HeldOut, choose_heldout
+from pipelines.subject.heldout import HeldOut, choose_heldout
 
 NAMES = [f"{place}.png" for place in range(6)]
 

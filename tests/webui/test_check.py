@@ -8,13 +8,12 @@ from browsing import go_to, quiet, reload
 from PIL import Image, ImageFilter
 from playwright.sync_api import expect
 from processes import wait_for
-from stand_in_trainer import BEGAN, DRY_RUN, TOTAL, UNTIL
+from stand_in_trainer import BEGAN, TOTAL, UNTIL
 
 from pipelines.sample_subject import sample_images
+from pipelines.subject.heldout import choose_heldout, num_folds
 from training.options import NEW_SCENES
-from webui import costs
-from webui.costs import Plan
-from webui.subject_runs import DRY_RUNS
+from webui.tasks import DRY_RUNS
 
 # Loading the libraries takes a while when several tests share two cores.
 PATIENCE = 120_000
@@ -70,16 +69,18 @@ def command(page, wanted):
 
 
 def type_into(page, box, text):
-    widget = page.locator(f"{box} input, {box} textarea").first
-    widget.fill(text)
-    widget.blur()
+    page.locator(f"{box} input, {box} textarea, input{box}").first.fill(text)
+
+
+def open_check(page):
+    """Open the screen Check with its command."""
+    page.locator("#photos-check").click()
+    page.locator("#check-command-shown > button").click()
 
 
 def open_panel(page, group):
-    page.locator("#subject-panel > button").click()
-    page.locator(f"#subject-panel-{group} > button").click(timeout=PATIENCE)
-    # New components have listeners only after the response has ended.
-    quiet(page)
+    page.locator("#subject-panel > summary").click()
+    page.locator(f"#subject-panel-{group} > summary").click(timeout=PATIENCE)
 
 
 def test_the_example_is_labelled_as_one_and_without_photos_the_page_says_what_to_do(new_page, server, screenshot):
@@ -179,33 +180,50 @@ def test_photos_are_pasted_captioned_cropped_and_removed_together(new_page, serv
 
 
 @pytest.mark.slow(23)
-def test_the_command_contains_the_changes_of_preset_panel_and_prompts(new_page, server, screenshot):
+def test_the_command_contains_the_changes_of_preset_form_and_prompts(new_page, server, screenshot):
     page = opened(new_page, server)
     examined(page)
-    page.locator("#photos-check").click()
+    open_check(page)
     expect(page.locator("#check-crops img")).to_have_count(5, timeout=PATIENCE)
     expect(page.locator("#check-crops")).to_contain_text("64 x 64")
     assert re.fullmatch(r"accelerate launch training/dreambooth_nora.py --output_dir \S+NEW-RUN", command(page, "accelerate"))
+    expect(page.locator("#check-plan")).to_have_text("sks toy · Balanced · demo model · about 3 min")
 
     page.locator("#check-preset label", has_text="Fast").click()
     assert "--num_candidate_images" in command(page, "--max_train_steps")
-    quiet(page)
     open_panel(page, "optimisation")
-    steps = page.locator("#subject-optimisation-max_train_steps")
-    expect(steps).to_contain_text("Preset Fast: ")
-    type_into(page, "#subject-optimisation-max_train_steps", "9")
-    command(page, "--max_train_steps 9 ")
-    expect(steps).to_contain_text("Changed (Fast: ")
-    quiet(page)
-    type_into(page, "#subject-optimisation-max_train_steps", "0")
-    expect(page.locator(".toast-body")).to_contain_text("max_train_steps must be at least 1, got 0", timeout=PATIENCE)
-    expect(steps.locator("input")).to_have_value("9", timeout=PATIENCE)
+    steps, field = (
+        page.locator("#subject-optimisation-max_train_steps"),
+        page.locator("[data-field='optimisation.max_train_steps']"),
+    )
+    expect(steps).to_have_attribute("placeholder", "160")
+    expect(field.locator("label")).to_have_attribute("title", "--max_train_steps")
+    # Without a pause, while the answers to the fields before arrive.
+    values = {"max_train_steps": "9", "train_batch_size": "2", "lr_warmup_steps": "3", "seed": "7"}
+    for name, value in values.items():
+        page.locator(f"#subject-optimisation-{name}").fill(value)
+    page.locator("#check-preset label", has_text="Best").click()
+    shown = command(page, "--seed 7 .*--heldout_steps 20|--heldout_steps 20 .*--seed 7")
+    for name, value in values.items():
+        assert f"--{name} {value} " in shown
+        expect(page.locator(f"#subject-optimisation-{name}")).to_have_value(value)
+    expect(page.locator("#check-plan")).to_have_text(re.compile("Best · 4 settings changed"))
     screenshot(page, "check-panel")
-    # The panel is created again, and pending requests of its old widgets would fail.
-    quiet(page)
-    page.locator("#subject-panel-reset").click()
-    expect(page.locator("#check-command")).not_to_contain_text("--max_train_steps 9 ", timeout=PATIENCE)
-    quiet(page)
+    steps.fill("0")
+    expect(field.locator("[data-problem]")).to_contain_text("must be at least 1, got 0", timeout=PATIENCE)
+    expect(page.locator("#check-plan")).to_contain_text("must be at least 1, got 0")
+    expect(steps).to_have_value("0")
+    page.locator(".expert [type=search]").fill("learning rate")
+    expect(page.locator(".expert .field:visible", has_text="Learning rate schedule")).to_have_count(1)
+    expect(steps).to_be_hidden()
+    page.locator(".expert [type=search]").fill("")
+    page.locator("#subject-panel-adapter > summary").click()
+    page.locator("#subject-adapter-method").select_option("vera")
+    expect(page.locator("#subject-adapter-d_initial")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#subject-adapter-inner_r")).to_be_hidden()
+    page.locator(".expert [data-reset]").click()
+    expect(page.locator("#check-plan")).to_have_text(re.compile("sks toy · Best · demo model"), timeout=PATIENCE)
+    expect(steps).to_have_value("")
 
     type_into(page, "#check-class", "coffee mug")
     assert "--instance_prompt 'a photo of sks coffee mug'" in command(page, "coffee mug")
@@ -220,7 +238,7 @@ def test_the_command_contains_the_changes_of_preset_panel_and_prompts(new_page, 
 def test_fast_typing_is_not_overwritten_by_late_responses(new_page, server):
     page = opened(new_page, server)
     examined(page)
-    page.locator("#photos-check").click()
+    open_check(page)
     command(page, "accelerate")
     box, words = page.locator("#check-scenes textarea"), "on a mountain at dawn, behind it the sea and a ship with sails"
     box.fill("")
@@ -234,28 +252,37 @@ def test_fast_typing_is_not_overwritten_by_late_responses(new_page, server):
     expect(page.locator("#check-scenes textarea")).to_have_value(words, timeout=PATIENCE)
 
 
-def test_photos_without_a_class_word_ask_for_it_first(new_page, server, uploads):
+def test_words_and_settings_belong_to_their_photos_and_a_missing_class_word_is_asked_for(new_page, server, uploads):
     page = with_uploads(new_page, server, uploads[:4])
     examined(page)
+    expect(page.locator("#photos-plan")).to_contain_text("The class word under Check is empty", timeout=PATIENCE)
     page.locator("#photos-train").click()
     expect(page.locator(".toast-body")).to_contain_text("Enter the class word: what the photos show", timeout=PATIENCE)
     expect(page.locator("#check-class")).to_be_visible(timeout=PATIENCE)
-    page.locator("#check-start").click()
-    expect(page.locator(".toast-body", has_text="The class word under Check is empty")).to_be_visible(timeout=PATIENCE)
+    type_into(page, "#check-class", "duck")
+    page.locator("#check-preset label", has_text="Fast").click()
+    expect(page.locator("#check-plan")).to_contain_text("sks duck · Fast", timeout=PATIENCE)
+    for photos, line, word in (("example", "sks toy · Balanced", "toy"), ("own", "sks duck · Fast", "duck")):
+        go_to(page, "photos")
+        page.locator(f"#photos-{photos}").click()
+        expect(page.locator("#photos-plan")).to_contain_text(line, timeout=PATIENCE)
+        go_to(page, "check")
+        expect(page.locator("#check-class input, #check-class textarea")).to_have_value(word, timeout=PATIENCE)
+        expect(page.locator("#check-plan")).to_contain_text(line, timeout=PATIENCE)
 
 
 @pytest.mark.slow(15)
 def test_the_cost_is_measured_once_and_train_starts_the_displayed_command(new_page, server, screenshot):
     page = opened(new_page, server)
     examined(page)
-    page.locator("#photos-check").click()
+    open_check(page)
     command(page, "accelerate")
     expect(page.locator("#check-cost")).to_contain_text("Not measured yet")
     page.locator("#check-measure").click()
     expect(page.locator("#check-cost .chip")).to_have_text("measuring", timeout=PATIENCE)
     (dry_run,) = (server.runs / DRY_RUNS).iterdir()
     (dry_run / UNTIL).write_text(str(TOTAL))
-    expect(page.locator("#check-cost")).to_contain_text("for 400 steps", timeout=PATIENCE)
+    expect(page.locator("#check-cost")).to_contain_text("seconds per step", timeout=PATIENCE)
     expect(page.locator("#check-cost")).to_contain_text("54,272 trainable parameters")
     expect(page.locator("#check-measure")).to_be_disabled()
     assert not [path for path in server.runs.iterdir() if not path.name.startswith(".")]
@@ -295,15 +322,5 @@ def test_photos_and_check_fit_a_phone(new_page, server, uploads, screenshot):
     [(5, "auto", 0), (4, "auto", 4), (2, "auto", 2), (1, "auto", 0), (4, "none", 0), (6, "leave_one_out", 6)],
 )
 def test_the_estimate_counts_the_folds_of_cross_validation_as_the_trainer_does(photos, heldout, folds):
-    from pipelines.subject.evaluation import choose_heldout
-
     names = [f"{place}.png" for place in range(photos)]
-    assert Plan(400, photos, heldout).folds == folds == len(choose_heldout(names, heldout, 0).folds)
-
-
-def test_the_cost_is_estimated_from_the_dry_run():
-    text = costs._measured(DRY_RUN, Plan(400, 4, "auto"))
-    assert "about 2 minutes for 400 steps" in text
-    assert "about 4 minutes for 4 short trainings" in text
-    assert "1.1 GB at most" in text
-    assert "up to 3.2 MB for checkpoints; 58.2 GB are free" in text
+    assert num_folds(photos, heldout) == folds == len(choose_heldout(names, heldout, 0).folds)

@@ -191,11 +191,12 @@ def correct_one(page):
 
 def shorten(page):
     """Set a few steps in the expert panel."""
-    page.locator("#classify-panel > button").click()
-    page.locator("#classify-panel-optimisation > button").click(timeout=SOON)
+    page.locator("#classify-command-shown > button").click()
+    page.locator("#classify-panel > summary").click()
+    page.locator("#classify-panel-optimisation > summary").click(timeout=SOON)
     quiet(page)
     for name, number in (("iterations_per_shot", 1), ("min_train_steps", STEPS)):
-        box = page.locator(f"#classify-optimisation-{name} input")
+        box = page.locator(f"#classify-optimisation-{name}")
         box.fill(str(number))
         box.blur()
         expect(page.locator("#classify-command")).to_contain_text(f"--{name} {number}", timeout=SOON)

@@ -11,10 +11,8 @@ from class_folders import COLOURS, colour_folder, colour_set, coloured, images_o
 from pipelines.errors import InputError
 from pipelines.fewshot.loading import load_folder, load_images
 from pipelines.fewshot.shots import sample_split
-from webui import class_presets, class_runs, panel
-from webui.class_presets import CLASSIFY
+from webui import class_runs
 from webui.datasets import Dataset
-from webui.draft import merged
 from webui.labelled_datasets import (
     EXAMPLES,
     class_datasets,
@@ -25,7 +23,6 @@ from webui.labelled_datasets import (
     title,
     uploaded_classes,
 )
-from webui.presets import preset_named
 from webui.screens import classify_images
 from webui.uploads import add_images, add_zip
 from webui.workspace import Workspace
@@ -181,41 +178,6 @@ def test_the_other_example_is_a_set_of_ten_digits(workspace):
     assert found.data_options() == {}
 
 
-def test_the_shots_are_limited_by_the_smallest_class(dataset, workspace, tmp_path):
-    classes = find_classes(workspace, dataset.id)
-    # Four of six images are not test images: two for training and two for validation.
-    assert class_presets.fitting_shots(classes, ["2"]) == ["2"]
-    assert class_presets.fitting_shots(classes, ["16"]) == ["all"]
-    split = sample_split(load_folder(dataset.folder), 2, 0)
-    assert len(split.names["train"]) == 6
-    with pytest.raises(InputError, match="fewer shots"):
-        sample_split(load_folder(dataset.folder), 3, 0)
-
-
-def test_shots_set_by_the_user_are_not_changed(dataset, workspace):
-    classes, fast = find_classes(workspace, dataset.id), preset_named(CLASSIFY, "Fast").options()
-    assert class_presets.completed(classes, fast, {})["data"]["shots"] == ["all"]
-    own = {"data": {"shots": ["3"]}}
-    assert class_presets.completed(classes, fast | {"data": {"shots": ["3"]}}, own)["data"]["shots"] == ["3"]
-
-
-def test_steps_are_limited_for_large_classes(workspace):
-    best = preset_named(CLASSIFY, "Best").options()
-    found = class_presets.completed(find_classes(workspace, "digits"), best, {})
-    fewest = 174 - round(0.3 * 174)
-    assert found["optimisation"]["iterations_per_shot"] == class_presets.MOST_STEPS // fewest
-
-
-@pytest.mark.parametrize("name", [preset.name for preset in CLASSIFY])
-def test_the_recipe_accepts_every_preset(name, dataset, workspace):
-    from webui.work.options import build
-
-    values = class_presets.completed(find_classes(workspace, dataset.id), preset_named(CLASSIFY, name).options(), {})
-    options = build(workspace, "classify", values)
-    assert "nora" in options.method.method
-    assert options.data.data_dir == str(dataset.folder.absolute())
-
-
 def test_the_dataset_of_a_run_is_found_again(dataset, workspace, tmp_path):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
@@ -243,16 +205,6 @@ def test_images_of_an_active_run_cannot_be_changed(dataset, workspace):
 
 def test_the_title_of_a_dataset_lists_its_classes(dataset, workspace):
     assert title(workspace, dataset.id) == f"{', '.join(COLOURS)} (18 images)"
-
-
-def test_a_run_starts_with_the_pending_input_of_the_expert_panel(dataset, workspace):
-    about = panel.FieldSource(None, "classify", CLASSIFY, None, None, class_runs.complete)
-    draft = {"set": dataset.id, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
-    settled = about.with_pending_input(workspace, draft)
-    assert settled["options"] == {"optimisation": {"min_train_steps": 4}}
-    values = class_runs.complete(workspace, settled, merged(about.preset(settled).options(), settled["options"]))
-    assert values["optimisation"] == {"min_train_steps": 4}
-    assert values["data"]["data_dir"] == str(dataset.folder.absolute())
 
 
 def split_zip(path, folders, name="ruby", each=3, more=None):

@@ -18,6 +18,7 @@ from training.runs.record import RunRecord, update_status
 from training.runs.run_files import Launch
 from training.runs.run_log import LOG, last_error
 from webui import launching
+from webui.form_schema import validated
 from webui.runs import RunView
 from webui.workspace import Workspace
 
@@ -239,10 +240,8 @@ def test_a_duplicate_starts_from_the_options_without_the_directory(workspace):
 
 
 def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_recorded_options(workspace):
-    from webui.work.options import build
-
     path = workspace.new_run()
-    options = build(workspace, "subject", QUICK).to_dict()
+    options = validated(workspace, "subject", QUICK)[1].to_dict()
     options["output"]["output_dir"] = str(path)
     (path / "options.json").write_text(json.dumps(options))
     (path / "status.json").write_text(json.dumps({"state": "stopped", "processes": 2}))

@@ -8,10 +8,9 @@ import pytest
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
 from training.options import parse_options
-from training.options.command_line import groups_of
 from training.options.fewshot import parse_fewshot_options
-from webui.work.form_schema import panel_fields
-from webui.work.options import KINDS, MACHINE_FIELDS, build, built, changed, cleaned, default_of, fields_of, flags
+from training.options.values import KINDS, built, changed, default_of, flags, groups
+from webui.form_schema import MACHINE_FIELDS, checked, form_fields, validated
 from webui.workspace import Workspace
 
 PARSERS = {"subject": parse_options, "classify": parse_fewshot_options}
@@ -42,9 +41,9 @@ FOLDERS = ("data_dir", "instance_data_dir", "class_data_dir", "cache_dir")
 
 
 def every_field():
-    for task, kind in KINDS.items():
-        for group, fields in groups_of(kind).items():
-            for field in fields_of(fields).values():
+    for task in KINDS:
+        for group, fields in groups(task).items():
+            for field in fields.values():
                 if field.name not in ("output_dir", "resume_from_checkpoint", "hub_token", "dataset"):
                     yield task, group, field
 
@@ -59,6 +58,10 @@ def another(task, field, folder):
         return FITTING[field.name]
     kind = next(kind for kind in (*typing.get_args(field.type), field.type) if isinstance(kind, type))
     return {bool: not default_of(field), int: 5, float: 0.35, str: "text"}[kind]
+
+
+def built_of(workspace, task, values):
+    return validated(workspace, task, values)[1]
 
 
 @pytest.fixture
@@ -78,20 +81,17 @@ def test_every_option_has_the_same_value_on_the_command_line(task, group, field,
     values[group] |= NEEDED_BESIDE.get(field.name, {})
     if field.name == "instance_data_dir":
         values[group]["instance_prompt"] = "a photo of sks dog"
-    kept = cleaned(local, task, values)
+    kept = checked(local, task, values)
     assert field.name in kept[group]
     assert PARSERS[task](flags(task, kept)) == built(task, kept)
 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_defaults_make_no_flags_and_only_optional_fields_default_to_none(task, local):
-    defaults = {
-        group: {field.name: default_of(field) for field in fields_of(fields).values()}
-        for group, fields in groups_of(KINDS[task]).items()
-    }
-    assert flags(task, cleaned(local, task, defaults)) == []
-    for fields in groups_of(KINDS[task]).values():
-        for field in fields_of(fields).values():
+    defaults = {group: {name: default_of(field) for name, field in fields.items()} for group, fields in groups(task).items()}
+    assert flags(task, checked(local, task, defaults)) == []
+    for fields in groups(task).values():
+        for field in fields.values():
             assert type(None) not in typing.get_args(field.type) or default_of(field) is None
 
 
@@ -103,26 +103,26 @@ def test_a_boolean_that_defaults_to_true_is_switched_off_by_its_no_flag(local):
 
 def test_an_optional_boolean_has_three_values(local):
     for value, words in ((True, ["--rescale_betas_zero_snr"]), (False, ["--rescale_betas_zero_snr", "False"]), (None, [])):
-        values = cleaned(local, "subject", {"model": {"rescale_betas_zero_snr": value}})
+        values = checked(local, "subject", {"model": {"rescale_betas_zero_snr": value}})
         assert flags("subject", values) == words
         assert parse_options(words).model.rescale_betas_zero_snr is value
-    (field,) = [each for each in panel_fields("subject", True)["model"] if each.name == "rescale_betas_zero_snr"]
-    assert (field.kind, field.choices, field.optional) == ("choice", (True, False), True)
-    assert [field.read(shown) for shown in ("True", "False", "", None)] == [True, False, None, None]
-    assert [field.show(value) for value in (True, False, None)] == ["True", "False", None]
+        text = {True: "true", False: "false"}.get(value)
+        assert checked(local, "subject", {"model": {"rescale_betas_zero_snr": text}}) == values
+    (field,) = [each for each in form_fields("subject", True)["model"] if each.name == "rescale_betas_zero_snr"]
+    assert field.choices == (("on", "true"), ("off", "false"))
 
 
 @pytest.mark.parametrize("name", [str(BUILT_IN_MODEL), "/gone/assets/mini-sdxl", "mini-sdxl"])
 def test_guests_may_use_the_built_in_model_of_any_checkout(guest, name):
-    assert cleaned(guest, "subject", {"model": {"pretrained_model_name_or_path": name}}) == {}
+    assert checked(guest, "subject", {"model": {"pretrained_model_name_or_path": name}}) == {}
     assert changed("subject", {"model": {"pretrained_model_name_or_path": name}}) == {}
 
 
 def test_flags_of_several_options_parse_to_the_same_options(local):
     values = {"optimisation": {"max_train_steps": 40, "learning_rate": 1e-05}, "data": {"center_crop": False}}
     values |= {"output": {"validation_prompt": ["a", "b"], "memory_fallback": False}, "validation": {"certify": False}}
-    kept = cleaned(local, "subject", values)
-    assert parse_options(flags("subject", kept)) == build(local, "subject", values)
+    kept = checked(local, "subject", values)
+    assert parse_options(flags("subject", kept)) == built_of(local, "subject", values)
 
 
 @pytest.mark.parametrize(
@@ -130,24 +130,24 @@ def test_flags_of_several_options_parse_to_the_same_options(local):
     [
         ({"optimization": {}}, "The options have no group 'optimization'"),
         ({"optimisation": {"max_train_step": 3}}, "no option 'max_train_step'. Did you mean 'max_train_steps'"),
-        ({"optimisation": {"max_train_steps": "3"}}, "max_train_steps must be a whole number"),
-        ({"optimisation": {"max_train_steps": 3.5}}, "max_train_steps must be a whole number"),
-        ({"optimisation": {"max_train_steps": True}}, "max_train_steps must be a whole number"),
-        ({"optimisation": {"max_train_steps": 10**400}}, "max_train_steps must be a whole number"),
-        ({"optimisation": {"max_train_steps": None}}, "max_train_steps must be a whole number"),
-        ({"optimisation": {"max_train_steps": 0}}, "max_train_steps must be at least 1"),
-        ({"optimisation": {"learning_rate": float("nan")}}, "learning_rate must be a number"),
-        ({"optimisation": {"learning_rate": float("inf")}}, "learning_rate must be a number"),
-        ({"optimisation": {"text_encoder_lr": 3.0}}, "text_encoder_lr must be a list"),
-        ({"output": {"validation_prompt": []}}, "validation_prompt must be a list of 1 to"),
-        ({"output": {"validation_prompt": ["a", 3.5]}}, "validation_prompt must be a string"),
-        ({"output": {"validation_prompt": ["a\0"]}}, "contains an invalid character"),
-        ({"data": {"instance_prompt": "\ud800"}}, "contains an invalid character"),
-        ({"data": {"instance_prompt": "a" * 5000}}, "at most 4000 characters"),
-        ({"data": {"instance_prompt": ["a"]}}, "instance_prompt must be a string"),
-        ({"data": {"center_crop": "no"}}, "center_crop must be true or false"),
-        ({"model": {"quantize": "int8"}}, "quantize must be one of nf4"),
-        ({"adapter": {"method": "magic"}}, "method must be one of"),
+        ({"optimisation": {"max_train_steps": "3x"}}, "Training steps .--max_train_steps. must be a valid integer.* got '3x'"),
+        ({"optimisation": {"max_train_steps": 3.5}}, "must be a valid integer"),
+        ({"optimisation": {"max_train_steps": True}}, "must be a number, got True"),
+        ({"optimisation": {"max_train_steps": 10**400}}, "must be less than or equal to 2147483647"),
+        ({"optimisation": {"max_train_steps": None}}, "must be a valid integer, got None"),
+        ({"optimisation": {"max_train_steps": 0}}, "Training steps .--max_train_steps. must be at least 1"),
+        ({"optimisation": {"learning_rate": float("nan")}}, "Learning rate .--learning_rate. must be .* got nan"),
+        ({"optimisation": {"learning_rate": float("inf")}}, "Learning rate .--learning_rate. must be .* got inf"),
+        ({"optimisation": {"text_encoder_lr": 3.0}}, "must be a valid list, got 3.0"),
+        ({"output": {"validation_prompt": []}}, "must have at least 1 item"),
+        ({"output": {"validation_prompt": ["a", {}]}}, "must be a valid string"),
+        ({"output": {"validation_prompt": ["a\0"]}}, "contains a null character"),
+        ({"data": {"instance_prompt": "\ud800"}}, "must be a valid string"),
+        ({"data": {"instance_prompt": "a" * 5000}}, "must have at most 4000 characters"),
+        ({"data": {"instance_prompt": ["a"]}}, "must be a valid string"),
+        ({"data": {"center_crop": "perhaps"}}, "Centre crop .--center_crop. must be a valid boolean"),
+        ({"model": {"quantize": "int8"}}, "Quantisation .--quantize. must be 'nf4', got 'int8'"),
+        ({"adapter": {"method": "magic"}}, "Adapter method .--method. must be one of"),
         ({"adapter": {"inner_r": 64, "rank": 4}}, "inner_r"),
         ({"adapter": 3}, "'adapter' must be a mapping"),
         ([], "The options must be a mapping"),
@@ -158,26 +158,26 @@ def test_flags_of_several_options_parse_to_the_same_options(local):
 )
 def test_an_invalid_value_is_refused_with_its_name(values, message, local):
     with pytest.raises(InputError, match=message):
-        build(local, "subject", values)
+        built_of(local, "subject", values)
 
 
 def test_floats_without_a_fraction_and_integer_shots_are_accepted(local):
-    assert cleaned(local, "subject", {"optimisation": {"max_train_steps": 40.0}}) == {"optimisation": {"max_train_steps": 40}}
-    assert cleaned(local, "classify", {"data": {"shots": [4, 8]}}) == {"data": {"shots": ["4", "8"]}}
+    assert checked(local, "subject", {"optimisation": {"max_train_steps": 40.0}}) == {"optimisation": {"max_train_steps": 40}}
+    assert checked(local, "classify", {"data": {"shots": [4, 8]}}) == {"data": {"shots": ["4", "8"]}}
 
 
 def test_a_text_never_becomes_another_flag(local):
     values = {"output": {"validation_prompt": ["a", "--output_dir=/elsewhere"]}}
     with pytest.raises(InputError, match="must not begin with a hyphen"):
-        flags("subject", cleaned(local, "subject", values))
-    alone = cleaned(local, "subject", {"output": {"validation_prompt": ["--output_dir=/elsewhere"]}})
+        flags("subject", checked(local, "subject", values))
+    alone = checked(local, "subject", {"output": {"validation_prompt": ["--output_dir=/elsewhere"]}})
     options = parse_options(flags("subject", alone))
     assert (options.output.output_dir, options.output.validation_prompt) == (None, ["--output_dir=/elsewhere"])
 
 
 def test_an_unknown_task_is_refused(local):
     with pytest.raises(InputError, match="task must be one of subject, classify"):
-        build(local, "pretrain", {})
+        built_of(local, "pretrain", {})
 
 
 @pytest.mark.parametrize(("task", "group", "field"), [pytest.param(*one, id=f"{one[0]}-{one[2].name}") for one in every_field()])
@@ -185,45 +185,45 @@ def test_guests_cannot_set_options_that_refer_to_the_machine(task, group, field,
     value = another(task, field, tmp_path)
     if field.name in MACHINE_FIELDS:
         with pytest.raises(InputError, match=r"on this server|uploaded here|does not offer"):
-            cleaned(guest, task, {group: {field.name: value}})
+            checked(guest, task, {group: {field.name: value}})
     else:
-        assert cleaned(guest, task, {group: {field.name: value}}) == {group: {field.name: value}}
+        assert checked(guest, task, {group: {field.name: value}}) == {group: {field.name: value}}
 
 
 def test_all_machine_fields_exist():
-    known = {field.name for kind in KINDS.values() for group in groups_of(kind).values() for field in dataclasses.fields(group)}
+    known = {name for task in KINDS for fields in groups(task).values() for name in fields}
     assert known >= MACHINE_FIELDS
 
 
 def test_guests_may_use_only_their_uploaded_images_and_the_offered_base_models(guest, tmp_path):
     own = guest.new_image_set()
     words = {"instance_prompt": "a photo of sks dog"}
-    assert build(guest, "subject", {"data": {"instance_data_dir": str(own), **words}}).data.instance_data_dir == str(own)
-    assert build(guest, "classify", {"data": {"data_dir": str(own)}}).data.data_dir == str(own)
+    assert built_of(guest, "subject", {"data": {"instance_data_dir": str(own), **words}}).data.instance_data_dir == str(own)
+    assert built_of(guest, "classify", {"data": {"data_dir": str(own)}}).data.data_dir == str(own)
     link = guest.sets / "link"
     link.symlink_to(tmp_path)
     for wrong in (guest.sets, own / "..", own / "deeper", guest.sets / "none", link, "/etc"):
         with pytest.raises(InputError, match=r"uploaded here|no longer exist"):
-            build(guest, "subject", {"data": {"instance_data_dir": str(wrong), **words}})
-    assert build(guest, "subject", {"model": {"pretrained_model_name_or_path": "owner/model"}})
+            built_of(guest, "subject", {"data": {"instance_data_dir": str(wrong), **words}})
+    assert built_of(guest, "subject", {"model": {"pretrained_model_name_or_path": "owner/model"}})
     with pytest.raises(InputError, match=r"model 'other/model'\. It offers the built-in model, owner/model"):
-        build(guest, "subject", {"model": {"pretrained_model_name_or_path": "other/model"}})
+        built_of(guest, "subject", {"model": {"pretrained_model_name_or_path": "other/model"}})
     clip = dataclasses.replace(guest, base_models=("open_clip:ViT-B-16/openai",))
-    assert build(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "openai"}})
+    assert built_of(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "openai"}})
     with pytest.raises(InputError, match="does not offer the base model 'open_clip:ViT-B-16/laion'"):
-        build(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "laion"}})
+        built_of(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "laion"}})
 
 
 @pytest.mark.parametrize("name", ["pictures.csv", "pictures.zip"])
 def test_the_page_refuses_files_as_the_dataset_of_a_classifier(local, tmp_path, name):
     (tmp_path / name).write_text("path,label\n/etc/passwd,a\n")
     with pytest.raises(InputError, match="data_dir must be a folder"):
-        build(local, "classify", {"data": {"data_dir": str(tmp_path / name)}})
+        built_of(local, "classify", {"data": {"data_dir": str(tmp_path / name)}})
 
 
 def test_folders_become_absolute_paths(local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cleaned(local, "subject", {"data": {"class_data_dir": "dogs"}})["data"]["class_data_dir"] == str(tmp_path / "dogs")
+    assert checked(local, "subject", {"data": {"class_data_dir": "dogs"}})["data"]["class_data_dir"] == str(tmp_path / "dogs")
 
 
 @pytest.mark.parametrize(
@@ -237,13 +237,5 @@ def test_folders_become_absolute_paths(local, tmp_path, monkeypatch):
 def test_a_terminal_run_is_repeated_from_its_options_that_differ_from_the_defaults(task, given, local):
     options = PARSERS[task](given.split())
     values = changed(task, options.to_dict())
-    assert built(task, cleaned(local, task, values)) == options
+    assert built(task, checked(local, task, values)) == options
     assert sum(len(fields) for fields in values.values()) == given.count("--")
-
-
-def test_an_option_that_moved_is_read_from_its_former_group(local):
-    old = {"adapter": {"method": "lora"}, "optimisation": {"lora_plus_ratio": 4.0, "max_train_steps": 7}}
-    options = build(local, "subject", old)
-    assert options.adapter.lora_plus_ratio == 4.0
-    assert options.optimisation.max_train_steps == 7
-    assert old["optimisation"]["lora_plus_ratio"] == 4.0

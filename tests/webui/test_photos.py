@@ -1,20 +1,14 @@
 """The draft of a run, the order of its photos, their image checks, and their cards."""
 
-import json
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_images
-from training.options import NEW_SCENES, DataOptions, ModelOptions, OutputOptions, SubjectOptions
-from training.options.data import SAMPLE_PROMPT as TRAINERS_PROMPT
-from training.options.data import SAMPLE_SUBJECT
-from webui import draft as drafts
+from training.options import DataOptions, ModelOptions, OutputOptions, SubjectOptions
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
-from webui.draft import Draft, check_words, merged, without
+from webui.draft import Draft
 from webui.inference_jobs import checked_images, long_prompts_of
 from webui.render import escaped
 from webui.screens.photos import cards
@@ -46,83 +40,6 @@ def photos(workspace, uploads):
 
 def names(photos):
     return [entry.name for entry in photos.photos()]
-
-
-def test_the_default_draft_has_the_trainer_s_defaults():
-    assert drafts.SCENES == NEW_SCENES
-    assert drafts.SAMPLE_PROMPT == TRAINERS_PROMPT
-    assert EXAMPLE_SUBJECT == SAMPLE_SUBJECT
-    assert Draft().values(None, {}) == {}
-
-
-@pytest.mark.parametrize("kept", [None, "draft", 3, [], {"set": 3, "options": "all", "scenes": [1], "trigger": None}])
-def test_an_invalid_draft_of_the_browser_becomes_the_default_draft(kept):
-    assert Draft.from_browser(kept) == Draft()
-
-
-def test_the_previous_dataset_of_a_draft_stored_by_an_earlier_version_is_read():
-    assert Draft.from_browser({"set": None, "own": "an-upload"}) == Draft(previous_set="an-upload")
-
-
-def test_a_draft_survives_the_round_trip_through_the_browser():
-    draft = Draft("some-set", "other", "Fast", {"adapter": {"rank": 4}}, "zxq", "dog", ["at sea"])
-    assert Draft.from_browser(json.loads(json.dumps(draft.to_browser()))) == draft
-
-
-def test_a_scene_is_appended_to_the_prompt_unless_it_contains_the_trigger_word():
-    draft = Draft("set", trigger="zxq", class_word="dog", scenes=["at sea", "a painting of zxq dog", "with zxqs"])
-    prompt = "a photo of zxq dog"
-    assert draft.prompts == [prompt, f"{prompt} at sea", "a painting of zxq dog", f"{prompt} with zxqs"]
-
-
-def test_a_draft_like_a_run_starts_the_same_run(tmp_path):
-    draft = Draft("set", options={"adapter": {"rank": 8}}, trigger="zxq", class_word="dog", scenes=["at sea"])
-    values = draft.values(tmp_path, draft.options)
-    again = Draft.like(values, "set")
-    assert again == draft
-    assert again.values(tmp_path, again.options) == values
-
-
-def test_the_class_prompt_contains_the_class_word(tmp_path):
-    prior = {"data": {"with_prior_preservation": True}}
-    draft = Draft("set", class_word="owl", options=prior)
-    assert draft.values(tmp_path, prior)["data"]["class_prompt"] == "a photo of an owl"
-
-
-@pytest.mark.parametrize(
-    ("trigger", "kind", "message"),
-    [
-        ("two words", "dog", "must be one word"),
-        ("", "dog", "must be one word"),
-        ("--output_dir=x", "dog", "must be one word"),
-        ("sks", " ", "Enter what the photos show"),
-        ("sks", "<script>", "one to four plain words"),
-        ("sks", "{subject}", "one to four plain words"),
-        ("dog", "big dog", "are both 'dog'"),
-    ],
-)
-def test_invalid_trigger_and_class_words_are_refused(trigger, kind, message):
-    with pytest.raises(InputError, match=message):
-        check_words(trigger, kind)
-
-
-@pytest.mark.parametrize(
-    ("scenes", "message"),
-    [
-        (["x"] * 12, "At most 11 scenes"),
-        (["x" * 301], "at most 300 characters"),
-        (["--seed=1 at sea"], "not begin with a hyphen"),
-    ],
-)
-def test_invalid_scenes_are_refused(scenes, message):
-    with pytest.raises(InputError, match=message):
-        replace(Draft(), scenes=scenes).check()
-
-
-def test_options_are_merged_and_removed_by_group():
-    options = merged({"data": {"seed": 1, "a": 1}}, {"data": {"a": 2}, "output": {"b": 3}})
-    assert options == {"data": {"seed": 1, "a": 2}, "output": {"b": 3}}
-    assert without(options, {"output": ("b",), "data": ("seed",)}) == {"data": {"a": 2}}
 
 
 def test_photos_are_moved_and_removed(photos):

@@ -6,15 +6,18 @@ import re
 import gradio as gr
 import pytest
 from browsing import go_to
+from class_folders import colour_set
 from playwright.sync_api import expect
 from run_folders import add_report, add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import Interval
 from webui import inference_jobs, run_cards
+from webui.draft import Draft
 from webui.runs import RunView
 from webui.screens.compare import NO_ADAPTER, OTHER_IMAGES, comparable, comparison, generated_with_all, plots
-from webui.screens.runs import class_draft_like, draft_like
+from webui.screens.runs import draft_like
+from webui.tasks import CLASSIFY, SUBJECT
 from webui.workspace import Workspace
 
 PATIENCE = 120_000
@@ -120,15 +123,20 @@ def test_a_duplicate_has_the_run_s_photos_if_they_were_uploaded_by_the_user(work
     monkeypatch.setattr(gr, "Warning", said.append)
     own = workspace.new_image_set().absolute()
     data = {"instance_data_dir": str(own), "instance_prompt": "a photo of zwx dog"}
-    draft = draft_like(workspace, {"data": data, "optimisation": {"max_train_steps": 40}})
-    assert (draft["set"], draft["trigger"], draft["class_word"]) == (own.name, "zwx", "dog")
-    assert draft["options"] == {"optimisation": {"max_train_steps": 40}}
+    draft = Draft.from_browser(draft_like(workspace, SUBJECT, {}, {"data": data, "optimisation": {"max_train_steps": 40}}))
+    settings = draft.settings[own.name]
+    assert (draft.set, settings.trigger, settings.class_word) == (own.name, "zwx", "dog")
+    assert settings.options == {"optimisation": {"max_train_steps": 40}}
     assert said == []
     for elsewhere in (tmp_path, own / "..", workspace.sets / "none"):
-        assert draft_like(workspace, {"data": {"instance_data_dir": str(elsewhere)}})["set"] is None
+        assert draft_like(workspace, SUBJECT, {}, {"data": {"instance_data_dir": str(elsewhere)}})["set"] is None
     assert len(said) == 3
-    classes = class_draft_like(workspace, {"data": {"data_dir": str(own), "class_names": ["c00=a"], "views": 2}, "method": {}})
-    assert (classes["set"], classes["options"]) == (own.name, {"data": {"views": 2}})
+    classes = colour_set(workspace, tmp_path / "given")
+    options = {"data": {"data_dir": str(classes.folder.absolute()), "class_names": ["c00=a"], "views": 2}}
+    again = Draft.from_browser(draft_like(workspace, CLASSIFY, {}, options))
+    assert again.set == classes.id
+    assert again.settings[classes.id].options["data"]["views"] == 2
+    assert Draft.from_browser(draft_like(workspace, CLASSIFY, {}, {})).set == "digits"
 
 
 def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):

@@ -18,8 +18,8 @@ from pipelines.subject.adapters import without_adapters
 from pipelines.subject.captions import class_prompts, find_captioned
 from pipelines.subject.data import TrainingImage
 from pipelines.subject.encoding import CachedLatents, CropConfig, LatentEncoder
-from pipelines.subject.evaluation import choose_heldout
 from pipelines.subject.generate import Sampling, generate
+from pipelines.subject.heldout import choose_heldout
 from pipelines.subject.image_checks import ImageCheckReport, check_images
 from pipelines.subject.prior import ClassImages, in_sizes
 from pipelines.subject.prompt_length import LongPrompt, long_prompts

@@ -7,16 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from pipelines.errors import InputError
-from webui import class_presets, class_runs, panel
+from webui import class_runs, panel
 from webui.classifiers import classifier_views
 from webui.context import QUIET, AppContext, followed, show_errors
+from webui.draft import Draft
 from webui.labelled_datasets import find_classes, title
-from webui.presets import preset_named
 from webui.render import parts
 from webui.runs import RunView
 from webui.screens import classify_images, classify_result, classify_use
 from webui.screens.classify_result import macros
+from webui.tasks import CLASSIFY
 from webui.workspace import Workspace
 
 INTRO = "Train an image classifier for your own classes from a few images of each."
@@ -71,41 +71,28 @@ def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
 def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opened: gr.State) -> None:
     """Put the part with the training settings into the open tab."""
     draft, settings = app.class_draft, app.settings
-    source = class_runs.source(app, draft_changed)
     about = gr.HTML(elem_id="classify-about")
-    choices = [(f"{preset.name}: {preset.duration}", preset.name) for preset in class_presets.CLASSIFY]
-    preset = gr.Radio(choices, value=class_presets.DEFAULT, label="Preset", elem_id="classify-preset")
-    why = gr.HTML(elem_id="classify-why")
-    panel.build(source)
-    with gr.Accordion("The command", open=False, elem_id="classify-command-shown"):
-        gr.HTML(parts.note("Train runs exactly this command. You can also run it in a terminal."))
-        named = {"interactive": False, "wrap_lines": True, "lines": 1, "show_label": False, "show_line_numbers": False}
-        command = gr.Code(elem_id="classify-command", **named)
+    widgets = panel.build_settings(CLASSIFY, draft, settings.is_local, "classify")
+    panel.build_plan(app, CLASSIFY, draft, draft_changed, "classify")
     start = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
 
     @show_errors
     def describe(active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """The dataset, preset and command of the next run; skipped unless the tab is open, because it loads the option checks."""
+        """The dataset and the settings of the next run; skipped unless the tab is open."""
         if active_tab != "classify":
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * (1 + len(widgets))
         workspace = settings.workspace(request)
-        chosen = preset_named(class_presets.CLASSIFY, str(stored.get("preset")))
-        try:
-            about_html, words = _about(workspace, stored), class_runs.command(source, workspace, stored)
-        except InputError as error:
-            about_html, words = parts.warning(str(error)), f"# {' '.join(str(error).split())}"
-        return about_html, chosen.name, macros.reasons(chosen.purpose, [value.reason for value in chosen.values]), words
+        return _about(workspace, stored), *panel.settings_updates(CLASSIFY, workspace, Draft.from_browser(stored))
 
     @show_errors
     def begin(stored: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
-        stored, run_id = class_runs.start(source, workspace, stored)
-        return [stored, gr.Tabs(selected="result"), *app.show(workspace, run_id, "train")]
+        run_id = CLASSIFY.start(workspace, Draft.from_browser(stored))
+        return [gr.Tabs(selected="result"), *app.show(workspace, run_id, "train")]
 
     for moved in (app.active_tab.change, opened.change, draft_changed.change):
-        moved(describe, [app.active_tab, draft], [about, preset, why, command], **QUIET)
-    preset.input(lambda name, stored: {**stored, "preset": name}, [preset, draft], [draft], **QUIET)
-    start.click(begin, [draft], [draft, steps, *app.outputs], api_visibility="private", concurrency_limit=1)
+        moved(describe, [app.active_tab, draft], [about, *widgets], **QUIET)
+    start.click(begin, [draft], [steps, *app.outputs], api_visibility="private", concurrency_limit=1)
 
 
 def _about(workspace: Workspace, draft: dict[str, Any]) -> str:

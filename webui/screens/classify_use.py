@@ -13,17 +13,18 @@ from markupsafe import Markup
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from pipelines.image_formats import UPLOAD_SUFFIXES
+from training.options.values import merged
 from training.runs.record import RunRecord
-from webui import class_presets, launching
+from webui import launching
 from webui.class_runs import DATASET_OPTIONS
 from webui.classifiers import named_source, result_of, share, view_of, write_table
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
-from webui.draft import merged
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import EXAMPLES, dataset_of_run, uploaded_classes
 from webui.render import parts, tile
 from webui.screens.classify_result import macros, method_choices, pending
+from webui.tasks import fitted
 from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
@@ -197,7 +198,7 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
     options = launching.duplicate(workspace, record.path.name)
     data = {name: value for name, value in options.get("data", {}).items() if name not in DATASET_OPTIONS}
     all_images = {"data": {"shots": ["all"]}}
-    values = class_presets.completed(uploaded_classes(dataset), merged({**options, "data": data}, all_images), all_images)
+    values = fitted(uploaded_classes(dataset), merged({**options, "data": data}, all_images), all_images)
     return dataset.folder.name, launching.start(workspace, "classify", values)
 
 

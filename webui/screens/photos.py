@@ -19,12 +19,13 @@ from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from pipelines.subject.folder_names import words_of
-from webui import machine, subject_runs
+from webui import machine, panel
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
-from webui.draft import Draft
+from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER
 from webui.render import parts, render, thumbnail
+from webui.tasks import SUBJECT
 from webui.uploads import add_crop, add_photos
 from webui.workspace import Workspace
 
@@ -42,7 +43,7 @@ FIRST_RESULT_PARTS = (
 DEMO, SDXL, CHECKPOINT = "demo", "stabilityai/stable-diffusion-xl-base-1.0", "checkpoint"
 CROP_SIDE = 1024
 # The components that show the photos and the draft.
-VIEW = ("about", "cards", "model", "path", "machine", "plan", "train", "check", "own", "example", "classify", "signature")
+VIEW = ("about", "cards", "model", "path", "machine", "train", "check", "own", "example", "classify", "signature")
 # The initial signature: nothing was sent to the page yet.
 NOTHING_SENT: list[Any] = []
 
@@ -68,7 +69,7 @@ def build(context: AppContext) -> None:
     widgets["cards"] = gr.HTML(js_on_load=SCRIPTS["photos"], elem_id="photos-cards")
     _lay_out_model(context, widgets)
     with gr.Column(elem_id="photos-actions"):
-        widgets["plan"] = gr.HTML(elem_id="photos-plan")
+        panel.build_plan(context, SUBJECT, context.draft, context.draft_changed, "photos")
         with gr.Row():
             widgets["train"] = gr.Button("Train", min_width=120, variant="primary", size="lg", elem_id="photos-train")
             widgets["check"] = gr.Button("Check first", min_width=120, size="lg", elem_id="photos-check")
@@ -127,7 +128,7 @@ def _wire(context: AppContext, widgets: dict[str, Any]) -> None:
         widgets[name].click(handlers.change_to, [draft, wanted], [draft, widgets["message"], *view], **QUIET).then(**check_images)
     picked = [widgets["model"].input, widgets["path"].submit, widgets["path"].blur]
     gr.on(picked, handlers.choose_model, [draft, widgets["model"], widgets["path"]], [draft, *view], **QUIET)
-    widgets["train"].click(handlers.start, [draft], [draft, *context.outputs], api_visibility="private")
+    widgets["train"].click(handlers.start, [draft], context.outputs, api_visibility="private")
     for name in ("check", "classify"):
         widgets[name].click(lambda name=name: gr.Tabs(selected=name), outputs=[context.tabs], **QUIET)
 
@@ -218,11 +219,13 @@ class _Handlers:
         """Store the base model in the draft."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
         name = path.strip() if model == CHECKPOINT else None if model == DEMO else model
-        options = {group: dict(fields) for group, fields in draft.options.items()}
+        settings = _settings(draft)
+        options = {group: dict(fields) for group, fields in settings.options.items()}
         options.setdefault("model", {}).pop("pretrained_model_name_or_path", None)
         if name:
             options["model"]["pretrained_model_name_or_path"] = name
-        draft = replace(draft, options={group: fields for group, fields in options.items() if fields})
+        options = {group: fields for group, fields in options.items() if fields}
+        draft = draft.with_settings(draft.set or EXAMPLE, replace(settings, options=options))
         updates = list(_view(Dataset.of(workspace, draft.set), draft))
         if model == CHECKPOINT and not name:
             # Until a name is entered, the demo model is the base model.
@@ -230,16 +233,15 @@ class _Handlers:
         return draft.to_browser(), *updates
 
     @show_errors
-    def start(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def start(self, stored: dict[str, Any], request: gr.Request) -> list[Any]:
         """Start the run, or ask for the class word if it is missing."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
-        if not draft.kind.strip() and Dataset.of(workspace, draft.set).photos():
+        if not _settings(draft).kind and Dataset.of(workspace, draft.set).photos():
             gr.Info(
                 "Enter the class word: what the photos show, such as dog or toy. Then press Train.", title="Class word missing"
             )
-            return gr.skip(), *self.context.show(workspace, tab="check")
-        stored, run_id = subject_runs.start(self.context, workspace, stored)
-        return stored, *self.context.show(workspace, run_id, "train")
+            return self.context.show(workspace, tab="check")
+        return self.context.show(workspace, SUBJECT.start(workspace, draft), "train")
 
 
 @contextlib.contextmanager
@@ -247,7 +249,7 @@ def _editable_photos(workspace: Workspace, stored: dict[str, Any]) -> Iterator[t
     """The user's photos for editing: a new dataset in place of the example, a copy if a run was started with them."""
     draft = Draft.from_browser(stored)
     photos = Dataset.of(workspace, draft.set or workspace.new_image_set().name).editable(workspace)
-    yield photos, replace(draft, set=photos.id, previous_set=None)
+    yield photos, draft.moved_to(photos.id)
 
 
 def _message(sentences: list[str]) -> gr.HTML:
@@ -291,7 +293,7 @@ def cards(photos: Dataset, draft: Draft, checked: Mapping[str, Any] | None = Non
                 "verdict": verdict,
                 "chip": CHIPS.get(verdict, ""),
                 "findings": () if result is None else result.sentences,
-                "proposal": "" if photo.caption else _proposal(draft.prompt, photo.name),
+                "proposal": "" if photo.caption else _proposal(_settings(draft).prompt, photo.name),
             }
         )
     return render("photos.html", photos=values, together=together, may_change=not photos.is_example)
@@ -316,7 +318,7 @@ def _view(photos: Dataset, draft: Draft, checked: str | None = None) -> tuple[An
         checked: the cards with the results of the image checks; None if the checks have not run.
     """
     has_photos = bool(photos.photos())
-    model = draft.options.get("model", {}).get("pretrained_model_name_or_path") or DEMO
+    model = _settings(draft).options.get("model", {}).get("pretrained_model_name_or_path") or DEMO
     choice = model if model in (DEMO, SDXL) else CHECKPOINT
     return (
         render("photos_intro.html", images=_first_result() if photos.is_example else ()),
@@ -324,7 +326,6 @@ def _view(photos: Dataset, draft: Draft, checked: str | None = None) -> tuple[An
         choice,
         gr.Textbox(model if choice == CHECKPOINT else "", visible=choice == CHECKPOINT),
         parts.note(f"{machine.summary()} {machine.advice(model == DEMO)}"),
-        parts.note(f"{draft.prompt} · {draft.preset} · {_model_name(model)}") if has_photos and draft.kind else "",
         gr.Button(interactive=has_photos),
         gr.Button(interactive=has_photos),
         gr.Button("Back to your photos" if draft.previous_set else "Use your own photos", visible=photos.is_example),
@@ -339,8 +340,13 @@ def _model_name(name: str) -> str:
 
 
 def _signature(photos: Dataset, draft: Draft) -> list[str]:
-    settings = (draft.previous_set, draft.prompt, draft.preset, draft.options.get("model"))
-    return [str(photos.id), *map(str, settings), *photos.signature()]
+    settings = _settings(draft)
+    shown = (draft.previous_set, settings.prompt, settings.options.get("model"))
+    return [str(photos.id), *map(str, shown), *photos.signature()]
+
+
+def _settings(draft: Draft) -> RunSettings:
+    return SUBJECT.settings_of(draft.set or EXAMPLE, draft)
 
 
 @lru_cache(maxsize=1)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from pipelines.errors import InputError
 from webui import launching, run_cards
 from webui.context import QUIET, AppContext, LazyUpdate, button, keys, show_errors, text, updates
 from webui.draft import Draft
 from webui.runs import Action, RunView, views
 from webui.screens import compare
+from webui.tasks import CLASSIFY, TASKS, Task
 from webui.workspace import Workspace
 
 LABELS: dict[str, str] = {
@@ -60,7 +59,8 @@ def build(context: AppContext) -> None:
     components["list"].select(choose, None, context.outputs, **QUIET).then(**refreshing)
     for action, handler in _handlers(context).items():
         outputs = [*context.outputs, context.draft, context.class_draft]
-        components[action].click(handler, context.run, outputs, api_visibility="private").then(**refreshing)
+        inputs = [context.run, *outputs[-2:]] if action == "duplicate" else context.run
+        components[action].click(handler, inputs, outputs, api_visibility="private").then(**refreshing)
     _wire_deleting(context, components, asked, refreshing)
     compare.build(context)
 
@@ -119,47 +119,23 @@ def _handlers(context: AppContext) -> dict[str, Callable[..., list[Any]]]:
         return [*context.show(workspace, run_id), *drafts]
 
     @show_errors
-    def duplicate(run_id: str, request: gr.Request) -> list[Any]:
+    def duplicate(run_id: str, draft: object, class_draft: object, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
-        task = RunView(workspace.run(run_id)).task
-        options = launching.duplicate(workspace, run_id)
-        if task == "classify":
-            return [*context.show(workspace, run_id, "classify"), gr.skip(), class_draft_like(workspace, options)]
-        return [*context.show(workspace, run_id, "check"), draft_like(workspace, options), gr.skip()]
+        task, options = TASKS[RunView(workspace.run(run_id)).task], launching.duplicate(workspace, run_id)
+        if task is CLASSIFY:
+            return [*context.show(workspace, run_id, "classify"), gr.skip(), draft_like(workspace, task, class_draft, options)]
+        return [*context.show(workspace, run_id, "check"), draft_like(workspace, task, draft, options), gr.skip()]
 
     return {"open": open_it, "resume": resume, "stop": stop, "duplicate": duplicate}
 
 
-def draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The draft of another subject run with a run's options."""
-    folder = options.get("data", {}).get("instance_data_dir")
-    set_id = _set_of(workspace, folder)
+def draft_like(workspace: Workspace, task: Task, stored: object, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The draft of another run with a run's options."""
+    folder = options.get("data", {}).get(task.image_folder)
+    set_id = task.set_of_folder(workspace, folder)
     if folder is not None and set_id is None:
         gr.Warning(ELSEWHERE)
-    return Draft.like(options, set_id).to_browser()
-
-
-def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The draft of another classifier with a run's options."""
-    from webui.class_runs import DATASET_OPTIONS, EMPTY_DRAFT
-
-    folder = options.get("data", {}).get("data_dir")
-    set_id = _set_of(workspace, folder)
-    if folder is not None and set_id is None:
-        gr.Warning(ELSEWHERE)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in DATASET_OPTIONS}
-    options_by_group = {group: fields for group, fields in {**options, "data": data}.items() if fields}
-    return EMPTY_DRAFT | {"set": set_id, "options": options_by_group}
-
-
-def _set_of(workspace: Workspace, folder: str | None) -> str | None:
-    """The id of the dataset in `folder`; None if it is not one of the user's datasets."""
-    if folder is None or Path(folder).parent != workspace.sets.absolute():
-        return None
-    try:
-        return workspace.image_set(Path(folder).name).name
-    except InputError:
-        return None
+    return task.like(workspace, Draft.from_browser(stored), options, set_id).to_browser()
 
 
 def _wire_deleting(context: AppContext, components: dict[str, Any], asked: gr.State, refreshing: dict[str, Any]) -> None:
