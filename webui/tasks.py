@@ -119,7 +119,7 @@ class Task:
         self.check(workspace, draft)
         settings, (_, options) = self.settings(workspace, draft), validated(workspace, self.name, self.values(workspace, draft))
         changes = sum(map(len, settings.options.values()))
-        changed = [f"{changes} setting{'s'[: changes - 1]} changed"] if changes else []
+        changed = [f"{changes} {'setting' if changes == 1 else 'settings'} changed"] if changes else []
         model, seconds = self.model(options), self.seconds(workspace, draft, options)
         unknown = "time not measured yet" if machine.gpu() else "hours on this CPU"
         took = unknown if seconds is None else f"about {_rounded(seconds)}"
