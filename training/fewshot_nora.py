@@ -73,11 +73,11 @@ def main(options: FewShotOptions) -> RunDirectory:
     with run.recording():
         with quantized_model(clip, accelerator, run, options) as clip:
             experiment = Experiment.create(clip, dataset, options.data, run.path)
-            results = fit_all(accelerator, run, experiment, options)
+            results, failed = fit_all(accelerator, run, experiment, options)
         record_provenance(run, experiment, options)
         if run.writes:
             run.begin(REPORTING, **NO_TRIAL, step=len(results))
-            report = report_of(experiment, options, list(map(str, duplicates)), results)
+            report = report_of(experiment, options, list(map(str, duplicates)), results, failed)
             report.write(run.path)
             write_card(run.path, report, options.target_layers)
             logger.info(table(report))
@@ -106,11 +106,19 @@ def quantized_model(clip: Clip, accelerator: Accelerator, run: RunDirectory, opt
             shutil.rmtree(folder)
 
 
-def fit_all(accelerator: Accelerator, run: RunDirectory, experiment: Experiment, options: FewShotOptions) -> list[TrialResult]:
-    """The results of all trials, those of earlier sessions read from disk; empty on processes other than the main one."""
-    trials, results = trials_of(options), []
+def fit_all(
+    accelerator: Accelerator, run: RunDirectory, experiment: Experiment, options: FewShotOptions
+) -> tuple[list[TrialResult], dict[str, str]]:
+    """Fit all trials, or read the results of earlier sessions. On one process, a method that cannot be fitted is left out.
+
+    Returns: the results, empty on processes other than the main one, and the reasons of the methods that failed.
+    Raises: ValueError if every method fails.
+    """
+    trials, results, failed = trials_of(options), [], {}
     images: SplitImages | None = None
     for index, trial in enumerate(trials):
+        if trial.method in failed:
+            continue
         if images is None or images.key != (trial.shots, trial.seed):
             with accelerator.main_process_first():
                 images = experiment.split_images((trial.shots, trial.seed))
@@ -118,10 +126,17 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, experiment: Experiment,
         if not (run.path / folder / TrialResult.NAME).exists():
             run.plan(phases(results, trials))
             run.begin(FITTING, index + 1, trial=folder, **asdict(trial), step=index, total=len(trials))
-            run_trial(accelerator, run, images, trial, options)
+            try:
+                run_trial(accelerator, run, images, trial, options)
+            except ValueError as error:
+                failed[trial.method] = str(error)
+                if accelerator.num_processes > 1 or len(failed) == len(options.method.method):
+                    raise
+                logger.warning(f"{trial} failed and is left out: {error}")
+                continue
         accelerator.wait_for_everyone()
         results += [TrialResult.read(run.path / folder)] if run.writes else []
-    return results
+    return [result for result in results if result.method not in failed], failed
 
 
 def run_trial(accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions) -> None:

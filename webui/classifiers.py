@@ -302,9 +302,9 @@ class MethodRow:
     """
 
     name: str
-    hint: str
-    is_best: bool
-    is_shown: bool
+    hint: str = ""
+    is_best: bool = False
+    is_shown: bool = False
     cells: tuple[str, ...] = ()
     reason: str = ""
 
@@ -324,7 +324,7 @@ def method_rows(result: Result) -> list[MethodRow]:
         )
         hint = BASELINES.get(one.method, ("", ""))[1]
         rows.append(MethodRow(method_name(one.method), hint, one is summaries[0], one.method == result.trial.method, cells))
-    return rows
+    return rows + [MethodRow(method_name(name), reason=reason) for name, reason in result.report.failed.items()]
 
 
 def downloads(result: Result) -> dict[str, Path]:

@@ -24,13 +24,14 @@ from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.scenes import render, sample_scene
+from training import fewshot_nora
 from training.fewshot.prediction_file import prediction_file
 from training.fewshot.report import phases
 from training.fewshot.trials import Trial, largest_within_error
 from training.fewshot_nora import main
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
 from training.runs.card_text import as_text
-from training.runs.fewshot_files import TrialResult, ValidationResult
+from training.runs.fewshot_files import FewShotReport, TrialResult, ValidationResult
 
 COUNTS = {"cats": 12, "dogs": 12, "red_birds": 12, "fish": 12}
 FOUR = ("--shots", "2", "--seeds", "0", "1", "--method", "zeroshot", "pixels", "lora", "nora", "--rank", "4", "--inner_r", "2")
@@ -206,6 +207,28 @@ def test_a_run_resumes_where_it_stopped(finished, class_folders, random_clip, tm
     assert (left / "trials/2-shots/seed-0/nora/result.json").read_bytes() == before
     again, first = trial(left, "nora", seed=1), trial(finished, "nora", seed=1)
     assert {**again, "seconds": 0, "peak_memory": 0} == {**first, "seconds": 0, "peak_memory": 0}
+
+
+def test_a_method_that_fails_is_left_out_with_its_reason_and_the_others_are_reported(
+    random_clip, class_folders, tmp_path, monkeypatch
+):
+    fit = fewshot_nora.fit_trial
+
+    def failing(accelerator, run, images, trial, options):
+        if trial.method == "nora":
+            raise InputError("rank must be smaller. <Lower> it.")
+        return fit(accelerator, run, images, trial, options)
+
+    monkeypatch.setattr(fewshot_nora, "fit_trial", failing)
+    two = ("--shots", "2", "--seeds", "0", "1", "--method", "zeroshot", "nora", "lora")
+    main(options_for(random_clip, class_folders, tmp_path / "run", *two))
+    report = FewShotReport.read(tmp_path / "run")
+    assert report.failed == {"nora": "rank must be smaller. <Lower> it."}
+    assert [(one.method, one.seed) for one in report.trials] == [("zeroshot", 0), ("lora", 0), ("zeroshot", 1), ("lora", 1)]
+    assert report.representative.method == "lora"
+    assert "- nora: rank must be smaller." in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(InputError, match="rank must be smaller"):
+        main(options_for(random_clip, class_folders, tmp_path / "alone", "--shots", "2", "--seeds", "0", "--method", "nora"))
 
 
 def test_held_out_classes_are_classified_by_their_prompts_alone(random_clip, class_folders, tmp_path):

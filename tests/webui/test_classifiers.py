@@ -144,6 +144,15 @@ def test_methods_are_sorted_by_accuracy_and_the_best_is_marked(made_up):
     assert rows[0].cells[2:] == ("10", "8.0 KB", "3 s")
 
 
+def test_a_method_that_failed_is_listed_last_with_its_reason(made_up):
+    result = made_up(zeroshot=0.1, nora=0.28)
+    result = replace(result, report=replace(result.report, failed={"lora": "rank must be smaller. <Lower> it."}))
+    assert classifiers.method_rows(result)[-1].name == "LoRA"
+    assert "failed: rank must be smaller. &lt;Lower&gt; it." in classify_result.macros.methods(
+        classifiers.method_rows(result), ""
+    )
+
+
 def test_a_class_without_test_images_is_named(record):
     result = result_of(record)
     assert result.untested() == []

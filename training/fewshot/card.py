@@ -107,6 +107,7 @@ def card(report: FewShotReport, target_layers: TargetLayers | None, figures: Seq
         f"---\n{card_header(report).to_yaml().strip()}\n---",
         _opening(report, target_layers),
         _results(report),
+        _failed(report),
         *_control_comparison(report),
         _scales(report),
         _classifier(report, figures),
@@ -200,6 +201,12 @@ def _results(report: FewShotReport) -> str:
     count = len(report.seeds)
     notes = TABLE_NOTES.format(interval=SEVERAL_SEEDS.format(count=count) if count > 1 else ONE_SEED)
     return f"## Results\n\n{_table(columns, rows)}\n\n{notes}"
+
+
+def _failed(report: FewShotReport) -> str:
+    """The methods that could not be fitted, and why."""
+    lines = [f"- {method}: {as_text(reason)}" for method, reason in report.failed.items()]
+    return "\n".join(("## Methods that failed\n", *lines)) if lines else ""
 
 
 def _control_comparison(report: FewShotReport) -> Iterator[str]:

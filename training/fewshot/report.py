@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from statistics import fmean
 
@@ -44,16 +44,22 @@ def phases(results: Sequence[TrialResult], trials: Sequence[Trial]) -> list[Plan
 
 
 def report_of(
-    experiment: Experiment, options: FewShotOptions, duplicates: Sequence[str], results: Sequence[TrialResult]
+    experiment: Experiment,
+    options: FewShotOptions,
+    duplicates: Sequence[str],
+    results: Sequence[TrialResult],
+    failed: Mapping[str, str],
 ) -> FewShotReport:
     """The report.
 
     Args:
         duplicates: a sentence for each group of identical images.
-        results: of all trials, the representative one included.
+        results: of all trials of the methods that did not fail.
+        failed: the reasons of the other methods.
     """
     dataset, new = experiment.dataset, experiment.new_prompts
-    trial = representative_trial(options)
+    methods = [method for method in options.method.method if method not in failed]
+    trial = representative_trial(options, methods)
     (classifier,) = (
         one.folder for one in results if (one.shots, one.seed, one.method) == (trial.shots, trial.seed, trial.method)
     )
@@ -71,15 +77,16 @@ def report_of(
         templates=list(experiment.prompts.templates),
         shots=options.data.all_shots(),
         seeds=options.data.seeds,
-        methods=options.method.method,
+        methods=methods,
         trials=list(results),
         summary=[
             summary_of([result for result in results if (result.shots, result.method) == (shots, method)])
             for shots in options.data.all_shots()
-            for method in options.method.method
+            for method in methods
         ],
         classifier=classifier,
         quantization_errors=dict(experiment.clip.quantization_errors),
+        failed=dict(failed),
     )
 
 

@@ -66,9 +66,14 @@ class Trial:
         return f"{self.method}, {self.shots} shots, seed {self.seed}"
 
 
-def representative_trial(options: FewShotOptions) -> Trial:
-    """The trial that represents the run: most shots, first seed, the default method, else the first adapter, else the last."""
-    adapters = options.method.adapters() or options.method.method[-1:]
+def representative_trial(options: FewShotOptions, methods: Sequence[str] | None = None) -> Trial:
+    """The trial that represents the run: most shots, first seed, the default method, else the first adapter, else the last.
+
+    Args:
+        methods: those to choose from; None for all.
+    """
+    methods = options.method.method if methods is None else methods
+    adapters = [method for method in methods if method in options.method.adapters()] or methods[-1:]
     method = DEFAULT if DEFAULT in adapters else adapters[0]
     shots = max(options.data.all_shots(), key=lambda number: float("inf") if number == ALL else number)
     return Trial(shots, options.data.seeds[0], method)

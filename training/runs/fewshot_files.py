@@ -207,11 +207,12 @@ class FewShotReport(RunFile):
         dataset: the labelled images.
         model, pretrained: the base model, as `load_clip` takes it.
         templates: of the prompts.
-        shots, seeds, methods: every combination of them is a trial.
+        shots, seeds, methods: every combination of them is a trial; methods that failed are not among them.
         trials: in the order in which they were fitted.
         summary: one entry for each number of shots and method.
         classifier: folder of the trial that represents the run, relative to the run's directory.
         quantization_errors: ||Q(W) - W|| / ||W|| of the base model's quantised encoders, by name.
+        failed: why a method could not be fitted, by method.
     """
 
     NAME: ClassVar[str] = "report.json"
@@ -229,6 +230,7 @@ class FewShotReport(RunFile):
     summary: Sequence[MethodSummary]
     classifier: str
     quantization_errors: Mapping[str, float] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def representative(self) -> TrialResult:
