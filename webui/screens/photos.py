@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -40,6 +41,7 @@ FIRST_RESULT_PARTS = (
     (1, 1, "Before: the model does not know it", "Four blurred toys of other shapes and colours."),
     (3, 1, "After three minutes of training", "The toy monster in the snow, in the forest, at night and in the water."),
 )
+CLASSES, CLASS_NAMES = ASSETS / "sample-classes" / "coloured-shapes.zip", ("red star", "green heart", "blue ring")
 DEMO, SDXL, CHECKPOINT = "demo", "stabilityai/stable-diffusion-xl-base-1.0", "checkpoint"
 CROP_SIDE = 1024
 # The components that show the photos and the draft.
@@ -321,7 +323,7 @@ def _view(photos: Dataset, draft: Draft, checked: str | None = None) -> tuple[An
     model = _settings(draft).options.get("model", {}).get("pretrained_model_name_or_path") or DEMO
     choice = model if model in (DEMO, SDXL) else CHECKPOINT
     return (
-        render("photos_intro.html", images=_first_result() if photos.is_example else ()),
+        render("photos_intro.html", **(first_screen() if photos.is_example else {"images": ()})),
         cards(photos, draft) if checked is None else checked,
         choice,
         gr.Textbox(model if choice == CHECKPOINT else "", visible=choice == CHECKPOINT),
@@ -341,8 +343,8 @@ def _model_name(name: str) -> str:
 
 def _signature(photos: Dataset, draft: Draft) -> list[str]:
     settings = _settings(draft)
-    shown = (draft.previous_set, settings.prompt, settings.options.get("model"))
-    return [str(photos.id), *map(str, shown), *photos.signature()]
+    values = (draft.previous_set, settings.prompt, settings.options.get("model"))
+    return [str(photos.id), *map(str, values), *photos.signature()]
 
 
 def _settings(draft: Draft) -> RunSettings:
@@ -350,8 +352,8 @@ def _settings(draft: Draft) -> RunSettings:
 
 
 @lru_cache(maxsize=1)
-def _first_result() -> tuple[tuple[str, str, str], ...]:
-    """The address, the title and the alternative text of each part of the bundled run: four of its images in a square."""
+def first_screen() -> dict[str, list[tuple[str, ...]]]:
+    """The parts of the bundled run, four of its images in a square each, and images of the bundled classes."""
     with Image.open(FIRST_RESULT) as opened:
         sheet = opened.convert("RGB")
     made = []
@@ -360,7 +362,13 @@ def _first_result() -> tuple[tuple[str, str, str], ...]:
         for index in range(4):
             left, top = CELL_TOP[0] + CELL_STEP[0] * (first + index), CELL_TOP[1] + CELL_STEP[1] * row
             square.paste(sheet.crop((left, top, left + CELL, top + CELL)), (CELL * (index % 2), CELL * (index // 2)))
-        stream = io.BytesIO()
-        square.save(stream, "WEBP", quality=90)
-        made.append((f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}", title, alt))
-    return tuple(made)
+        made.append((_data_url(square), title, alt))
+    with zipfile.ZipFile(CLASSES) as archive:
+        shapes = [Image.open(io.BytesIO(archive.read(f"{name}/00.jpg"))) for name in CLASS_NAMES]
+    return {"images": made, "classes": [(_data_url(image), name) for image, name in zip(shapes, CLASS_NAMES, strict=True)]}
+
+
+def _data_url(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=90)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
