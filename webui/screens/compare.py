@@ -170,7 +170,6 @@ def generated_with_all(workspace: Workspace, runs: Sequence[RunView], prompt: st
 def build(context: AppContext) -> None:
     """Put this part into the open tab."""
     settings, components, sent = context.settings, _layout(), gr.State(None)
-    figures = [components[title] for title in PLOTS]
 
     @show_errors
     def choices(before: Any, request: gr.Request) -> list[Any]:
@@ -183,10 +182,13 @@ def build(context: AppContext) -> None:
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:
         return _compared(comparable(settings.workspace(request), ids or []))
 
+    @show_errors
+    def plot_runs(ids: list[str], request: gr.Request) -> list[Any]:
+        return [plot.update().make() for plot in plots(comparable(settings.workspace(request), ids)).values()]
+
     outputs = [components[name] for name in ("comparison", "form", "prompt", "images", *PLOTS)]
-    # A plot that has lines shows no other set of runs; without a value, it begins anew.
-    cleared = components["show"].click(lambda: [gr.LinePlot(value=None)] * len(figures), None, figures, **QUIET)
-    cleared.then(compare, components["chosen"], outputs, api_visibility="private")
+    compared = components["show"].click(compare, components["chosen"], outputs, api_visibility="private")
+    compared.success(plot_runs, components["chosen"], [components[title] for title in PLOTS], **QUIET)
 
     @show_errors
     def generate_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
@@ -201,11 +203,11 @@ def build(context: AppContext) -> None:
 
 
 def _compared(runs: Sequence[RunView]) -> list[Any]:
-    """Updates of the comparison, of the form below it and of the plots."""
+    """Updates of the comparison, of the form below it, and of the plots, which show other runs only after they were empty."""
     is_subject = runs[0].task == "subject"
     prompt = gr.Textbox(value=str(runs[0].chosen("data", "instance_prompt") or "")) if is_subject else gr.skip()
     form = [gr.Accordion(visible=is_subject), prompt, gr.HTML(value="", visible=False)]
-    return [gr.HTML(value=comparison(runs), visible=True), *form, *(plot.update().make() for plot in plots(runs).values())]
+    return [gr.HTML(value=comparison(runs), visible=True), *form, *(gr.LinePlot(value=None, visible=False) for _ in PLOTS)]
 
 
 def _layout() -> dict[str, Any]:
