@@ -11,7 +11,6 @@ from class_folders import COLOURS, colour_folder, colour_set, coloured, images_o
 from pipelines.errors import InputError
 from pipelines.fewshot.loading import load_folder, load_images
 from pipelines.fewshot.shots import sample_split
-from webui import class_runs
 from webui.datasets import Dataset
 from webui.labelled_datasets import (
     EXAMPLES,
@@ -196,11 +195,11 @@ def test_images_of_an_active_run_cannot_be_changed(dataset, workspace):
     try:
         (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
         with pytest.raises(InputError, match="is training on these images"):
-            class_runs.check_free(workspace, dataset.folder)
+            classify_images.check_free(workspace, dataset.folder)
     finally:
         sleeping.kill()
         sleeping.wait()
-    class_runs.check_free(workspace, dataset.folder)
+    classify_images.check_free(workspace, dataset.folder)
 
 
 def test_the_title_of_a_dataset_lists_its_classes(dataset, workspace):

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from webui import class_runs, panel
+from webui import panel
 from webui.classifiers import classifier_views
 from webui.context import QUIET, AppContext, followed, show_errors
 from webui.draft import Draft
@@ -97,7 +97,7 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
 
 def _about(workspace: Workspace, draft: dict[str, Any]) -> str:
     """The dataset of the next run and its number of test images."""
-    classes = find_classes(workspace, class_runs.set_of(workspace, draft))
+    classes = find_classes(workspace, classify_images.set_of(workspace, draft))
     held_out = classes.count - sum(one.learnable for one in classes.classes)
     warned = [] if classes.is_ready else classes.warnings()[:1]
     return macros.about(title(workspace, classes.id), held_out, classes.count, warned)

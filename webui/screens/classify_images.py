@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,10 +13,10 @@ from markupsafe import Markup
 
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_SUFFIXES
-from webui.class_runs import check_free, set_of
 from webui.classifiers import share
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
+from webui.draft import Draft
 from webui.inference_worker import WORKER, ZeroShotAccuracy
 from webui.labelled_datasets import (
     EXAMPLES,
@@ -28,7 +29,9 @@ from webui.labelled_datasets import (
 )
 from webui.render import parts as shared
 from webui.render import small, tile
+from webui.runs import views
 from webui.screens.classify_result import macros
+from webui.tasks import CLASSIFY
 from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
@@ -313,6 +316,19 @@ class _Images:
         dataset = Dataset.of(workspace, set_id)
         check_free(workspace, dataset.folder)
         return dataset
+
+
+def set_of(workspace: Workspace, stored: object) -> str:
+    """The id of a stored draft's dataset; if it is gone, the user's newest dataset, or the first example."""
+    return CLASSIFY.key(workspace, Draft.from_browser(stored))
+
+
+def check_free(workspace: Workspace, folder: Path) -> None:
+    """Raises: InputError if a queued or active run trains on the images in `folder`."""
+    given = str(folder.absolute())
+    for view in views(workspace):
+        if view.is_active and view.launch_options.get("data", {}).get("data_dir") == given:
+            raise InputError("A run is training on these images. Wait until it is done, or stop it first.")
 
 
 def _sets(workspace: Workspace, draft: dict[str, Any]) -> gr.Dropdown:

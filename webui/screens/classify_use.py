@@ -16,7 +16,6 @@ from pipelines.image_formats import UPLOAD_SUFFIXES
 from training.options.values import merged
 from training.runs.record import RunRecord
 from webui import launching
-from webui.class_runs import DATASET_OPTIONS
 from webui.classifiers import named_source, result_of, share, view_of, write_table
 from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
@@ -29,6 +28,8 @@ from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
 MOST, LIVE_TOP, RIGHT = 100, 5, ""
+# Options that depend on the images of one run; a run with other images does not take them over.
+DATASET_OPTIONS = ("data_dir", "dataset", "class_names", "shots", "test_share")
 ASK = parts.note("Drop, paste or photograph something: the answer appears here.")
 GONE = "The training images of this run are gone. Choose or upload images under Images and train again."
 INTRO = "An image that belongs to none of the classes is still assigned to one of them."
