@@ -10,9 +10,7 @@ import functools
 import io
 import logging
 import os
-import shutil
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
@@ -22,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 
-from nora_vision.components import adapted_components
 from nora_vision.files import AdapterFileError
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
@@ -35,22 +32,18 @@ from pipelines.fewshot.shots import split_notes
 from pipelines.fewshot.sources import DatasetSource
 from pipelines.images import read_image
 from pipelines.subject import lora_files
-from pipelines.subject.adapters import save_everywhere
 from pipelines.subject.generation_request import GeneratedImage, GenerationProgress, GenerationRequest, ScaledAdapter
 from pipelines.subject.image_checks import Finding, check_images
 from pipelines.subject.outliers import with_outliers
 from pipelines.subject.pipeline_cache import PipelineCache
 from pipelines.untrusted_images import reencode
 from training.options import SubjectOptions
-from training.runs import naming
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
-from training.runs.run_files import Suggestion
-from training.subject.finishing import SUGGESTED
-from training.subject.measured import adapter_at
+from training.subject.exported import write_export
 from training.subject.preview import CropPreview, crop_previews, truncated_prompts
 from webui.datasets import Dataset, num_test_images
-from webui.generation import LAYOUTS, GeneratedImages, Layout, last_step
+from webui.generation import LAYOUTS, GeneratedImages, Layout
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
 from webui.labelled_datasets import LabelledClass, LabelledClasses
 from webui.runs import read_cached
@@ -104,56 +97,16 @@ def adapter_file(workspace: Workspace, adapter: ScaledAdapter, layout: Layout, p
     Raises: InputError if it does not have this layout.
     """
     run_id, _, step = adapter.reference.partition("@")
-    record = workspace.run(run_id)
-    source = _on_disk(record, int(step), layout)
-    if source is None:
-        source = _in(_exported(record, adapter, int(step), path.parent / "export"), layout)
-    if source is None:
+    written = write_export(workspace.run(run_id), int(step), layout, path, lambda: PIPELINES.loaded(adapter))
+    if written is None:
         raise InputError(f"This adapter has no file {LAYOUTS[layout][0]!r}. Download {LAYOUTS['full'][0]!r}, which all have.")
-    return Path(shutil.copyfile(source, path)) if source.is_file() else _zipped(source, path)
+    return written
 
 
-def _exported(record: RunRecord, adapter: ScaledAdapter, step: int, folder: Path) -> Path:
-    """The folder with the adapter in all layouts, as a run exports its last step."""
-    pipeline, name = PIPELINES.loaded(adapter)
-    components: dict[str, Any] = adapted_components(pipeline, name)
-    options = record.options()
-    title = naming.title_of(record.path, options, "subject")
-    header = naming.header_of(title, options, step)
-    save_everywhere(pipeline, components, folder, naming.file_stem(title, step), name, header)
-    return folder
+def check_adapter(path: Path, name: str) -> list[str]:
+    """Sentences on the tensors that are not applied, with `name` as the file's name.
 
-
-def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
-    if step == last_step(record):
-        return _in(record.path, layout)
-    suggestion = read_cached(Suggestion, record.path)
-    if suggestion is not None and step == suggestion.step and (record.path / SUGGESTED).is_dir():
-        return _in(record.path / SUGGESTED, layout)
-    exported = adapter_at(record, step) / layout
-    return exported if exported.is_dir() else None
-
-
-def _in(folder: Path, layout: Layout) -> Path | None:
-    """The layout's file or folder in one that `save_everywhere` wrote."""
-    if layout in ("compact", "full"):
-        return folder / "adapter" / layout if (folder / "adapter" / layout).is_dir() else None
-    return next(iter(sorted((folder / layout).glob("*.safetensors"))), None)
-
-
-def _zipped(source: Path, path: Path) -> Path:
-    """A zip of a folder at `path`, in which the folder is called as the zip."""
-    # Weights do not compress.
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as packed:
-        for file in sorted(each for each in source.rglob("*") if each.is_file()):
-            packed.write(file, Path(path.stem) / file.relative_to(source))
-    return path
-
-
-def check_adapter(path: Path, name: str) -> None:
-    """Check that a file is a safetensors file with a LoRA of a supported kind and only finite values.
-
-    Raises: InputError naming the file `name` if it is not.
+    Raises: InputError if it is not a safetensors file with a LoRA of a supported kind and only finite values.
     """
     try:
         lora_files.check_file(path)
@@ -161,10 +114,6 @@ def check_adapter(path: Path, name: str) -> None:
         raise InputError(f"{str(error).replace(str(path), name)} Add an adapter in a .safetensors file.") from error
     except InputError as error:
         raise InputError(str(error).replace(str(path), name)) from error
-
-
-def left_out(path: Path, name: str) -> list[str]:
-    """Sentences on the tensors that are not applied, for a file that passes `check_adapter`, with `name` as its name."""
     return [sentence.replace(str(path), name) for sentence in lora_files.left_out(path)]
 
 

@@ -346,11 +346,11 @@ def _set_captions(dataset: Dataset, layout: _Layout, captions: Captions, added: 
     return problems
 
 
-def check_adapter(file: str | Path) -> Path:
-    """Check that a file is a LoRA for SDXL: valid safetensors of a supported kind, all values finite.
+def add_adapter(workspace: Workspace, file: str | Path) -> tuple[Path, list[str]]:
+    """Copy a LoRA for SDXL to the user's files under a generated name; no code in the file is ever run.
 
-    Returns: the file.
-    Raises: InputError if it is not. No code in the file is ever run.
+    Returns: the copy, and sentences on the tensors that are not applied.
+    Raises: InputError if it is not a valid safetensors file of a supported kind with finite values, or the quota is used up.
     """
     path, name = Path(file), display_name(file)
     size = path.stat().st_size
@@ -358,33 +358,19 @@ def check_adapter(file: str | Path) -> Path:
         raise InputError(
             f"{name} is {size / 2**20:.0f} MB; an adapter may be at most {MAX_ADAPTER_BYTES // 2**20} MB. Choose a smaller one."
         )
-    WORKER.call("check_adapter", path, name)
-    return path
-
-
-def left_out(file: str | Path) -> list[str]:
-    """Sentences on the tensors of a valid adapter that are not applied."""
-    return WORKER.call("left_out", Path(file), display_name(file))
-
-
-def add_adapter(workspace: Workspace, file: str | Path) -> Path:
-    """Copy an adapter to the user's files under a generated name; returns the copy.
-
-    Raises: InputError as `check_adapter`, or if the quota is used up.
-    """
-    checked = check_adapter(file)
-    check_quota(workspace.sets, 0, checked.stat().st_size)
+    notes = WORKER.call("check_adapter", path, name)
+    check_quota(workspace.sets, 0, size)
     folder = workspace.sets / ADAPTERS
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{secrets.token_hex(8)}.safetensors"
     temporary = copy.with_suffix(".part")
     try:
-        shutil.copyfile(checked, temporary)
-        copy.with_suffix(".txt").write_text(display_name(file), encoding="utf-8")
+        shutil.copyfile(path, temporary)
+        copy.with_suffix(".txt").write_text(name, encoding="utf-8")
         temporary.replace(copy)
     finally:
         temporary.unlink(missing_ok=True)
-    return copy
+    return copy, notes
 
 
 def adapters(workspace: Workspace) -> list[tuple[str, Path]]:

@@ -1,5 +1,6 @@
 """The page's process imports no model library."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -29,6 +30,18 @@ def test_no_module_of_the_page_imports_a_model_library():
     words = [sys.executable, "-c", IMPORT_ALL, *(name for name in names if name != "webui.inference_jobs")]
     told = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
+
+
+def test_no_function_of_the_web_app_imports_a_module():
+    functions = [
+        node
+        for path in (REPOSITORY / "webui").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert len(functions) > 100
+    importing = [node for node in functions if any(isinstance(each, ast.Import | ast.ImportFrom) for each in ast.walk(node))]
+    assert [node.name for node in importing] == []
 
 
 @pytest.mark.slow(40)

@@ -308,7 +308,8 @@ def test_a_pickle_named_safetensors_is_refused_and_runs_nothing(tmp_path, worksp
 def test_an_adapter_is_copied_under_a_generated_name(tmp_path, workspace):
     path = tmp_path / "<b>mine.safetensors"
     save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, path)
-    copy = uploads.add_adapter(workspace, path)
+    copy, notes = uploads.add_adapter(workspace, path)
+    assert notes == []
     assert uploads.adapters(workspace) == [("<b>mine.safetensors", copy)]
     assert copy.parent.parent == workspace.sets
     assert copy.read_bytes() == path.read_bytes()
@@ -321,7 +322,7 @@ def test_tensors_that_are_no_adapter_or_not_finite_are_refused(tmp_path, workspa
     sentences = {"model.safetensors": "no adapter", "nan.safetensors": "not finite", "table.csv": "must have the suffix"}
     for name, sentence in sentences.items():
         with pytest.raises(InputError, match=sentence) as refused:
-            uploads.check_adapter(tmp_path / name)
+            uploads.add_adapter(workspace, tmp_path / name)
         assert str(tmp_path) not in str(refused.value)
 
 
@@ -347,8 +348,8 @@ def test_integer_alphas_are_accepted_and_ignored_tensors_reported(tmp_path, work
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.alpha": torch.tensor(2)}
     tensors |= {"bundle_emb.blue mug.clip_l": torch.ones(1, 4), "step": torch.tensor(9)}
     save_file(tensors, tmp_path / "<b>.SAFETENSORS")
-    assert uploads.add_adapter(workspace, tmp_path / "<b>.SAFETENSORS").suffix == ".safetensors"
-    said = uploads.left_out(tmp_path / "<b>.SAFETENSORS")
+    copy, said = uploads.add_adapter(workspace, tmp_path / "<b>.SAFETENSORS")
+    assert copy.suffix == ".safetensors"
     assert said[0].startswith("<b>.SAFETENSORS also holds a textual inversion ('blue mug')")
     assert "also holds 'step'" in said[1]
 
@@ -357,22 +358,22 @@ def test_two_uploaded_adapters_have_different_references(tmp_path, workspace):
     copies = {}
     for name in ("first.safetensors", "second.safetensors"):
         save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / name)
-        copies[name] = uploads.add_adapter(workspace, tmp_path / name)
+        copies[name], _ = uploads.add_adapter(workspace, tmp_path / name)
     references = dict(others(workspace, None))
     assert set(references) == set(copies)
     for name, copy in copies.items():
         assert find_adapter(workspace, references[name]).path == copy
 
 
-def test_a_header_larger_than_the_limit_is_refused(tmp_path):
+def test_a_header_larger_than_the_limit_is_refused(tmp_path, workspace):
     path = written(tmp_path / "a.safetensors", struct.pack("<Q", 2**40) + b"{}")
     with pytest.raises(InputError, match="header of 1099511627776 bytes"):
-        uploads.check_adapter(path)
+        uploads.add_adapter(workspace, path)
 
 
-def test_an_adapter_above_the_size_limit_is_refused_unread(tmp_path):
+def test_an_adapter_above_the_size_limit_is_refused_unread(tmp_path, workspace):
     path = tmp_path / "a.safetensors"
     with path.open("wb") as file:
         file.truncate(600 * 2**20)
     with pytest.raises(InputError, match="600 MB"):
-        uploads.check_adapter(path)
+        uploads.add_adapter(workspace, path)

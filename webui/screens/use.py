@@ -232,8 +232,9 @@ class _Use:
     @show_errors
     def add_file(self, request: gr.Request, file: str, run_id: str | None, *references: Any) -> list[Any]:
         workspace = self.context.settings.workspace(request)
-        added = reference_of_file(uploads.add_adapter(workspace, file))
-        for sentence in uploads.left_out(file):
+        copy, notes = uploads.add_adapter(workspace, file)
+        added = reference_of_file(copy)
+        for sentence in notes:
             gr.Warning(html.escape(sentence), title="Partly added")
         choices = [("none", ""), *others(workspace, run_id)]
         free = next((at for at, each in enumerate(references) if not each), 0)
