@@ -20,6 +20,7 @@ from webui.plots import COLOURS, Plot, line_plot, running_mean
 from webui.render import parts, sample_image, thumbnail
 from webui.runs import RunView, views
 from webui.screens import judge
+from webui.settings import Settings
 from webui.workspace import Workspace
 
 MIN_RUNS, LETTERS = 2, "ABCD"
@@ -190,6 +191,10 @@ def build(context: AppContext) -> None:
     compared = components["show"].click(compare, components["chosen"], outputs, api_visibility="private")
     compared.success(plot_runs, components["chosen"], [components[title] for title in PLOTS], **QUIET)
 
+    _build_generation(settings, components)
+
+
+def _build_generation(settings: Settings, components: dict[str, Any]) -> None:
     @show_errors
     def generate_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
         workspace = settings.workspace(request)
