@@ -20,8 +20,7 @@ from webui.plots import COLOURS, Plot, line_plot, running_mean
 from webui.render import parts, sample_image, thumbnail
 from webui.runs import RunView, views
 from webui.screens import judge
-from webui.settings import Settings
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 MIN_RUNS, LETTERS = 2, "ABCD"
 # By title, the column of each plot and how to read it.
