@@ -128,7 +128,9 @@ def screenshot() -> Callable[..., None]:
         if folder := os.environ.get("SCREENSHOTS"):
             path = Path(folder) / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
+            # The bar of buttons sticks to the window, which is in the middle of the page.
+            whole = page.screenshot(full_page=True, style="#photos-actions { position: static !important; }")
+            with Image.open(io.BytesIO(whole)) as image:
                 cropped(image, tallest).quantize(256).save(path, optimize=True)
 
     return take

@@ -53,6 +53,11 @@ NOTHING_SENT: list[Any] = []
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     widgets = {"about": gr.HTML(elem_id="photos-about")}
+    with gr.Row(elem_classes="buttons"):
+        for name, label in (("own", "Use your own photos"), ("example", "Back to the example"), ("classify", "Classify images")):
+            widgets[name] = gr.Button(
+                label, size="md", scale=0, min_width=160, visible=name != "example", elem_id=f"photos-{name}"
+            )
     widgets["upload"] = gr.File(
         label="Photos, captions (.txt, .csv, .jsonl) or a zip",
         file_count="multiple",
@@ -61,10 +66,12 @@ def build(context: AppContext) -> None:
     )
     with gr.Row(elem_classes="buttons"):
         widgets["folder"] = gr.UploadButton(
-            "Add a folder", file_count="directory", size="sm", scale=0, min_width=130, elem_id="photos-folder"
+            "Add a folder", file_count="directory", size="md", scale=0, min_width=130, elem_id="photos-folder"
         )
-        camera = gr.Button("Use the camera", size="sm", scale=0, min_width=130, elem_id="photos-camera-open")
-        gr.HTML(f"<p class='quiet'>{listed(UPLOAD_FORMATS)}. Ctrl+V adds an image from the clipboard.</p>")
+        camera = gr.Button("Use the camera", size="md", scale=0, min_width=130, elem_id="photos-camera-open")
+        gr.HTML(
+            f"<p class='quiet'>{listed(UPLOAD_FORMATS)}. Ctrl+V adds an image from the clipboard.</p>", elem_id="photos-formats"
+        )
     widgets["camera"] = gr.Image(sources=["webcam"], type="filepath", label="Camera", visible=False, elem_id="photos-camera")
     widgets["message"] = gr.HTML(visible=False, elem_id="photos-message")
     widgets["crop"] = gr.HTML("", js_on_load=SCRIPTS["crop"], elem_id="photos-crop")
@@ -75,11 +82,6 @@ def build(context: AppContext) -> None:
         with gr.Row():
             widgets["train"] = gr.Button("Train", min_width=120, variant="primary", size="lg", elem_id="photos-train")
             widgets["check"] = gr.Button("Check first", min_width=120, size="lg", elem_id="photos-check")
-            widgets["own"] = gr.Button("Use your own photos", min_width=120, size="lg", elem_id="photos-own")
-            widgets["example"] = gr.Button(
-                "Back to the example", min_width=120, size="lg", visible=False, elem_id="photos-example"
-            )
-            widgets["classify"] = gr.Button("Classify images instead", min_width=120, size="lg", elem_id="photos-classify")
     widgets["signature"], widgets["examined"] = gr.State(NOTHING_SENT), gr.State(NOTHING_SENT)
     camera.click(lambda: gr.Image(visible=True), None, [widgets["camera"]], **QUIET)
     _wire(context, widgets)
