@@ -16,6 +16,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from pipelines.errors import InputError
+from training.options.values import Values, merged
 from webui import launching, uploads
 from webui.context import AppContext, show_errors
 from webui.datasets import Dataset
@@ -23,7 +24,7 @@ from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
-from webui.tasks import fitted
+from webui.tasks import TASKS, fitted
 from webui.workspace import Settings, Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
@@ -69,9 +70,10 @@ class Api:
             raise InputError(
                 'Options must be given by group and name, as in {"data": {"instance_prompt": "a photo of sks dog"}}.'
             )
+        if task not in TASKS:
+            raise InputError(f"The task must be one of {', '.join(TASKS)}, got {task!r}.")
         workspace, files = self.settings.workspace(request), _files(images)
-        add = {"subject": _with_photos, "classify": _with_classes}.get(task)
-        return launching.start(workspace, task, add(workspace, options, files) if files and add is not None else options)
+        return launching.start(workspace, task, _with_images(workspace, task, options, files) if files else options)
 
     def status(self, run: str, request: gr.Request) -> dict:
         """The status of a run.
@@ -119,18 +121,14 @@ class Api:
         """Generate an image with the adapter of a run.
 
         Args:
-            run: its id.
-            prompt: the prompt.
-            seed: the same seed gives the same image.
-            scale: the adapter's scale; 0 is the base model.
+            run, prompt: the run's id, and what the image should show.
+            seed, scale: the same seed gives the same image; the adapter's scale, 0 for the base model.
             step: the step of the adapter, one of "steps" of `status`; None for the recommended one.
             negative_prompt: what the image should not show.
-            steps: denoising steps.
-            guidance_scale: the scale of classifier-free guidance.
-            sampler: one of those on the page under Use, such as "DPM++ 2M Karras"; None for the base model's own.
-            size: width and height in pixels; None for the size that the run trained at.
-            strength: renamed to scale.
-            guidance: renamed to guidance_scale.
+            steps, guidance_scale: denoising steps, and the scale of classifier-free guidance.
+            sampler: as on the page under Use, such as "DPM++ 2M Karras"; None for the base model's own.
+            size: width and height in pixels; None for those of the run's training.
+            strength, guidance: renamed to scale and guidance_scale.
         Returns: the image, a PNG file that contains its settings.
         """
         _check_renamed(strength=(strength, "scale"), guidance=(guidance, "guidance_scale"))
@@ -140,8 +138,8 @@ class Api:
         if chosen is None or view.task != "subject":
             raise InputError(NO_ADAPTER)
         values = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "steps": steps, "sampler": sampler}
-        values |= {"guidance_scale": guidance_scale, "size": size}
-        wanted = request_for(workspace, [(reference_of(run, chosen), scale, None)], **values)
+        adapter = (reference_of(run, chosen), scale, None)
+        wanted = request_for(workspace, [adapter], **values, guidance_scale=guidance_scale, size=size)
         (path,) = (event for event in WORKER.stream("generate", workspace, wanted) if isinstance(event, Path))
         return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
@@ -192,25 +190,18 @@ def _files(given: Any) -> list[Path]:
     return files
 
 
-def _with_photos(workspace: Workspace, options: dict[str, dict[str, Any]], files: list[Path]) -> dict[str, dict[str, Any]]:
+def _with_images(workspace: Workspace, task: str, options: Values, files: list[Path]) -> Values:
     """The options with a new dataset of the files. Raises: InputError if one is refused, which a caller would not see."""
     dataset = Dataset(workspace.new_image_set())
-    _check_added(uploads.add_photos(dataset, files))
-    dataset.seal()
-    return {**options, "data": {**options.get("data", {}), "instance_data_dir": str(dataset.folder.absolute())}}
-
-
-def _with_classes(workspace: Workspace, options: dict[str, dict[str, Any]], files: list[Path]) -> dict[str, dict[str, Any]]:
-    if len(files) != 1:
+    if task == "classify" and len(files) != 1:
         raise InputError(f"Images for a classifier must be one zip with a folder per class, got {len(files)} files.")
-    dataset = Dataset(workspace.new_image_set())
-    _check_added(uploads.add_zip(dataset, files[0]))
+    added = uploads.add_zip(dataset, files[0]) if task == "classify" else uploads.add_photos(dataset, files)
+    if added.refused:
+        raise InputError(added.refused[0])
+    if task == "subject":
+        dataset.seal()
+        return merged(options, {"data": {"instance_data_dir": str(dataset.folder.absolute())}})
     classes = uploaded_classes(dataset)
     if not classes.is_ready:
         raise InputError(classes.warnings()[0])
     return fitted(classes, options, options)
-
-
-def _check_added(added: uploads.Added) -> None:
-    if added.refused:
-        raise InputError(added.refused[0])
