@@ -94,11 +94,10 @@ def kohya_header(
         tensors: all tensors of the file, of any shape, for its hash.
         title: name of the LoRA in other programs.
         is_sdxl: whether the base model has the shape of SDXL.
-        rank: rank and alpha of the network; layers of another rank are recognised by their shapes.
+        rank: rank and alpha of the network; layers may have another rank.
         network_args: further settings of the network.
-        prediction_type: of the scheduler, "epsilon" or "v_prediction".
-        zero_terminal_snr: whether the base model was trained with zero terminal signal-to-noise ratio.
-        resolution: side of the images in pixels.
+        prediction_type, zero_terminal_snr: of the scheduler, such as "epsilon" and False.
+        resolution: side of the images.
     """
     digest = tensor_hash(tensors)
     return {

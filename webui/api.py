@@ -172,7 +172,7 @@ def _check_renamed(**parameters: tuple[Any, str]) -> None:
 def _status(view: RunView) -> dict[str, Any]:
     fields = {name: getattr(view.status, name) for name in STATUS_FIELDS}
     steps = [step for _, step in steps_of(view.record).choices] if view.task == "subject" else []
-    summary = {"run": view.id, "name": view.name, "task": view.task, "state": view.state, "reason": view.reason}
+    summary = {"run": view.id, "name": view.title, "task": view.task, "state": view.state, "reason": view.reason}
     return {**summary, **fields, "steps": steps, "actions": list(view.actions)}
 
 

@@ -15,28 +15,16 @@ from pathlib import Path, PurePosixPath
 from pipelines.built_in import BUILT_IN_CLIP_NAME
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
-from pipelines.methods import method_names, title_of
+from pipelines.methods import method_names
 from pipelines.tables import harmless
 from training.runs.fewshot_files import FewShotReport, ImagePrediction, PredictionFile, TrialResult
+from training.runs.naming import BASELINES, PIXELS, PROBE, ZERO_SHOT, method_name
 from training.runs.record import RunRecord
+from training.runs.snapshot import read_cached
 from webui.inference_worker import WORKER
-from webui.runs import RunView, read_cached, views
+from webui.runs import RunView, views
 from webui.workspace import Workspace
 
-ZERO_SHOT, PIXELS, PROBE = "zeroshot", "pixels", "linear_probe"
-# The name of each baseline, and what it does.
-BASELINES = {
-    ZERO_SHOT: ("Zero-shot", "no training, only the class names"),
-    PIXELS: ("Raw pixels", "no model at all (the control)"),
-    PROBE: ("Linear probe", "logistic regression on the image features"),
-    "tip_adapter": ("Tip-Adapter", "compares each image with the cached training images"),
-    "tip_adapter_f": ("Tip-Adapter-F", "Tip-Adapter with a fine-tuned cache"),
-    "clap": ("CLAP", "a linear probe kept close to the zero-shot weights"),
-    "coop": ("CoOp", "learned prompt tokens around the class names"),
-    "clip_adapter": ("CLIP-Adapter", "a small network after the image encoder"),
-    "taskres": ("TaskRes", "a learned offset to the class embeddings"),
-    "gda": ("GDA", "Gaussian discriminant analysis"),
-}
 # Raw pixels with this accuracy mean that the images of a class are alike.
 ACCURATE_PIXELS = 0.7
 # A wider 95% interval makes the accuracy a rough estimate; from MANY methods on, the best of them was lucky, too.
@@ -50,11 +38,6 @@ DOWNLOADS = {
     TABLE: "Table of predictions (CSV)",
     CARD: "Report card",
 }
-
-
-def method_name(method: str) -> str:
-    """The display name of a method."""
-    return BASELINES[method][0] if method in BASELINES else title_of(method)
 
 
 def share(value: float) -> str:

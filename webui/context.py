@@ -1,4 +1,4 @@
-"""What the screens share: the selected run, the tabs and the drafts; errors as sentences; updates sent once."""
+"""What the screens share: the selected run, the tabs, the drafts and the timer; errors as sentences; updates sent once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import html
 import inspect
 import logging
 import secrets
-import time
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
+from markupsafe import Markup
 
 from pipelines.errors import InputError
+from pipelines.fewshot.sources import ImageFile
+from webui.render import render, tile
 from webui.runs import RunView, views
 from webui.workspace import Settings, Workspace
 
@@ -85,6 +87,7 @@ class LazyUpdate:
 
 def text(value: str) -> LazyUpdate:
     """HTML, hidden if empty."""
+    value = str(value).strip()
     return LazyUpdate(value, lambda: gr.HTML(value=value, visible=bool(value)))
 
 
@@ -92,7 +95,7 @@ def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
     """HTML that is slow to make, hidden if empty."""
 
     def update() -> gr.HTML:
-        value = make()
+        value = str(make()).strip()
         return gr.HTML(value=value, visible=bool(value))
 
     return LazyUpdate(key, update)
@@ -126,6 +129,18 @@ def keys(now: Mapping[str, LazyUpdate]) -> dict[str, Hashable]:
 
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+# A list of runs: each is a button. A menu closes when the focus leaves it.
+CHOOSING = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('button[data-run]');
+  if (chosen) trigger('select', {run: chosen.dataset.run});
+});
+element.addEventListener('focusout', event => {
+  for (const menu of element.querySelectorAll('details'))
+    if (!menu.contains(event.relatedTarget)) menu.open = false;
+});
+"""
+REFRESH, RELIST = "() => noraVision.refresh()", "() => document.getElementById('relist').click()"
 
 
 def followed(component: gr.components.Component) -> gr.State:
@@ -146,89 +161,112 @@ class AppContext:
     Args:
         page: the page.
         settings: the settings of the server.
-        run: the id of the run that Train, Judge and Use show.
-        picked: a copy of `run` whose change event several screens listen to.
+        run: the id of the subject run that Judge and Use show.
+        class_run: the id of the classifier that Classify shows.
+        train_run: the id of the run that Train shows, of either kind.
+        picker: the runs with their images, to choose from.
         step: the step whose adapter Use generates with; Use renders and fills it, Judge sets it.
         chosen: the run and the step that the user selected on Use or Judge; None for the recommended step.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
         draft: the settings of the next runs, stored by the browser; see `Draft`. Never the settings of a run that was started.
         draft_changed: a copy of `draft` whose change event several screens listen to.
         class_draft: the same as `draft` for the next classifier.
-        refresh: a hidden button that page.js clicks when a run has changed.
         active_tab: the name of the open screen.
-        refresh_triggers: by screen, a state that changes when that screen is open and should read the run's files again.
+        refreshes: by screen, a hidden button that is clicked when that screen is open and should read the run's files again.
+        relist: a hidden button that page.js clicks when a run has begun or ended.
     """
 
     page: gr.Blocks
     settings: Settings
-    run: gr.Dropdown
-    picked: gr.State
+    run: gr.State
+    class_run: gr.State
+    train_run: gr.State
+    picker: gr.HTML
     step: gr.Dropdown
     chosen: gr.State
     tabs: gr.Tabs
     draft: gr.BrowserState
     draft_changed: gr.State
     class_draft: gr.BrowserState
-    refresh: gr.Button
     active_tab: gr.State
-    refresh_triggers: dict[str, gr.State]
+    refreshes: dict[str, gr.Button]
+    relist: gr.Button
 
     @property
-    def outputs(self) -> list[gr.Dropdown | gr.Tabs]:
+    def outputs(self) -> list[gr.components.Component | gr.Tabs]:
         """The outputs of `show`."""
-        return [self.run, self.tabs]
+        return [self.run, self.class_run, self.train_run, self.tabs]
 
-    def show(self, workspace: Workspace, run_id: str | None = None, tab: str | None = None) -> list[dict[str, object]]:
-        """Updates of `outputs`: lists all runs of the workspace, selects `run_id` and opens the screen `tab`.
+    def show(self, workspace: Workspace, run_id: str | None = None, tab: str | None = None) -> list[Any]:
+        """Updates of `outputs`: select `run_id` on Train and on the screens of its task, and open the screen `tab`.
 
         Args:
-            run_id: None for the active run, else the newest.
+            run_id: if it is None or does not exist, the active run of each kind, else the newest.
             tab: None to leave the open one.
         """
         runs = views(workspace)
-        if run_id not in [view.id for view in runs]:
-            active = [view for view in runs if view.is_active]
-            run_id = next((view.id for view in [*active, *runs]), None)
         opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
-        return [gr.Dropdown(choices=_choices(runs), value=run_id), opened]
+        shown = next((view for view in runs if view.id == run_id), None)
+        if shown is not None:
+            is_classifier = shown.task == "classify"
+            return [gr.skip() if is_classifier else shown.id, shown.id if is_classifier else gr.skip(), shown.id, opened]
+        subjects = [view for view in runs if view.task == "subject"]
+        return [_default(subjects), gr.skip(), _default(runs), opened]
 
     def attach_refreshes(self, opened: Mapping[str, gr.Tab]) -> None:
-        """Refresh the open screen when it opens, when another run is selected, and when a run has changed.
-
-        Only the open screen is refreshed, so this costs the same whatever the number of screens.
+        """Refresh the open screen when it opens and when another run is selected; page.js does so when a run has changed.
 
         Args:
             opened: the tabs by screen name.
         """
-        known_runs = gr.State([])
-
-        @show_errors
-        def refresh(active_tab: str, request: gr.Request) -> list[Any]:
-            runs = views(self.settings.workspace(request))
-            return [[[view.id, view.state] for view in runs], *self._refresh_triggers_of(active_tab)]
-
-        @show_errors
-        def update_choices(request: gr.Request) -> gr.Dropdown:
-            return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
-
         for name, tab in opened.items():
-            tab.select(partial(_name, name), None, self.active_tab, **QUIET)
-        begun = [self.page.load, self.refresh.click, self.picked.change, self.active_tab.change]
-        gr.on(begun, refresh, self.active_tab, [known_runs, *self.refresh_triggers.values()], trigger_mode="always_last", **QUIET)
-        # A separate listener: as an output of each refresh, the list of runs would change and trigger another one.
-        known_runs.change(update_choices, None, self.run, **QUIET)
+            tab.select(partial(_identity, name), None, self.active_tab, **QUIET)
+            tab.select(None, js=f"() => noraVision.refresh('{name}')", **QUIET)
 
-    def _refresh_triggers_of(self, active_tab: str) -> list[Any]:
-        return [time.time() if name == active_tab else gr.skip() for name in self.refresh_triggers]
+        @show_errors
+        def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
+            workspace = self.settings.workspace(request)
+            return self.show(workspace, workspace.run(event._data.get("run")).path.name)
+
+        @show_errors
+        def listed(run_id: str | None, train_id: str | None, request: gr.Request) -> Markup:
+            return pickers(views(self.settings.workspace(request)), run_id, train_id)
+
+        @show_errors
+        def relist(run_id: str | None, train_id: str | None, request: gr.Request) -> list[Any]:
+            ids = self.settings.workspace(request).run_ids()
+            if all(chosen is None or chosen in ids for chosen in (run_id, train_id)) and (train_id is not None or not ids):
+                return [gr.skip()] * len(self.outputs)
+            # A run was deleted in another window, or the first one has begun.
+            return self.show(self.settings.workspace(request), run_id if run_id in ids else None)
+
+        chosen = [self.run, self.train_run]
+        self.picker.select(choose, None, self.outputs, **QUIET)
+        self.relist.click(relist, chosen, self.outputs, **QUIET).then(listed, chosen, self.picker, **QUIET)
+        for state in chosen:
+            state.change(listed, chosen, self.picker, **QUIET)
+            state.change(None, js=REFRESH, **QUIET)
 
 
-def _name(name: str) -> str:
-    return name
+def pickers(runs: Sequence[RunView], run_id: str | None, train_id: str | None) -> Markup:
+    """The runs to choose from, with the selected one: all of them for Train, subject runs for Judge and Use."""
+    by_id = {view.id: view for view in runs}
+    subjects = [view for view in runs if view.task == "subject"]
+    menus = [("on-train", runs, by_id.get(train_id)), ("on-subject", subjects, by_id.get(run_id))]
+    return render("pickers.html", menus=menus, face=face)
+
+
+def face(view: RunView) -> Markup:
+    """The image of a run."""
+    path = view.face
+    return Markup('<span class="none"></span>') if path is None else tile(ImageFile(path.name, path.parent), "")
+
+
+def _default(runs: Sequence[RunView]) -> str | None:
+    """The active run, else the newest; None without runs."""
+    active = [view for view in runs if view.is_active]
+    return next((view.id for view in [*active, *runs]), None)
 
 
 def _identity(value: Any) -> Any:
     return value
-
-
-def _choices(runs: list[RunView]) -> list[tuple[str, str]]:
-    return [(view.title, view.id) for view in runs]

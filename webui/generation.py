@@ -18,7 +18,6 @@ from PIL import Image
 from pipelines.errors import InputError
 from pipelines.images import read_settings, save_image
 from pipelines.subject.generation_request import SAMPLERS, BlockScales, GenerationRequest, ScaledAdapter
-from training.runs.naming import title_of
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.measured import adapter_at, saved_steps
@@ -81,7 +80,7 @@ def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
     """
     runs = [view for view in views(workspace) if view.task == "subject" and view.id != run_id]
     steps = [(view, steps_of(view.record).chosen) for view in runs]
-    entries = [(f"{view.title}, step {step}", reference_of(view.id, step)) for view, step in steps if step is not None]
+    entries = [(f"{view.label}, step {step}", reference_of(view.id, step)) for view, step in steps if step is not None]
     return entries + [(name, reference_of_file(path)) for name, path in uploads.adapters(workspace)]
 
 
@@ -117,8 +116,7 @@ def _of_run(view: RunView, part: str) -> dict[str, Any]:
     if step is None:
         raise InputError(GONE)
     path = view.record.path if step == last_step(view.record) else adapter_at(view.record, step)
-    title = title_of(view.record.path, view.options, view.task)
-    return {"name": f"{title}, step {step}", "path": path, "model": view.options["model"]}
+    return {"name": f"{view.title}, step {step}", "path": path, "model": view.options["model"]}
 
 
 def request_again(workspace: Workspace, settings: dict[str, Any], **changes: Any) -> GenerationRequest:

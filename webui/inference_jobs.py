@@ -40,13 +40,13 @@ from pipelines.untrusted_images import reencode
 from training.options import SubjectOptions
 from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
+from training.runs.snapshot import read_cached
 from training.subject.exported import write_export
 from training.subject.preview import CropPreview, crop_previews, truncated_prompts
 from webui.datasets import Dataset, num_test_images
 from webui.generation import LAYOUTS, GeneratedImages, Layout
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
 from webui.labelled_datasets import LabelledClass, LabelledClasses
-from webui.runs import read_cached
 from webui.uploads import display_name
 from webui.workspace import Workspace
 

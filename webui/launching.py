@@ -6,7 +6,6 @@ starts it and reads the run's directory, so either can end without the other.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shlex
@@ -17,10 +16,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from pipelines.built_in import IS_CHECKOUT, ROOT, import_path
 from pipelines.errors import InputError
@@ -29,14 +30,12 @@ from training.options.values import changed, flags
 from training.runs import run_requests
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch
-from training.runs.run_log import LOG, START, log_tail
-from training.runs.waiting import QUEUE
+from training.runs.run_log import LOG, START
+from training.runs.waiting import CLEARED, QUEUE
 from webui.form_schema import validated
 from webui.inference_worker import WORKER
 from webui.runs import RunView
 from webui.workspace import Workspace
-
-__all__ = ["ask", "command", "delete", "duplicate", "log_tail", "resume", "shown_command", "start", "start_dry_run", "stop"]
 
 # The working directory is the root of a checkout. An installed package has none, so its recipes have absolute paths.
 RECIPES = {
@@ -46,7 +45,6 @@ RECIPES = {
 LAUNCHER = "accelerate"
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
-MAX_WAIT_SECONDS = 15.0
 REFUSALS: dict[str, str] = {
     "resume": "Only an interrupted, stopped or failed run can be resumed.",
     "stop": "The run is not active.",
@@ -207,19 +205,19 @@ def _locked(record: RunRecord) -> Iterator[None]:
 
     Raises: InputError if another request holds it.
     """
-    descriptor = os.open(record.path / LAUNCHING, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        with FileLock(record.path / LAUNCHING, timeout=0):
+            yield
+    except Timeout:
         raise InputError("Another request is starting or deleting this run. Try again in a moment.") from None
-    finally:
-        os.close(descriptor)
 
 
 def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path) -> None:
-    """Start a process that waits in the queue and then runs the command; return once it has written the run's status."""
+    """Start a process that waits in the queue and then runs the command."""
     WORKER.free_gpu()
+    # Until the process writes a status of its own, so that the page shows the run at once.
+    queued = replace(RunRecord(path).status(), state="queued", pid=None, pid_started=None, heartbeat=time.time(), **CLEARED)
+    queued.write(path)
     queue = workspace.all_runs.absolute() / QUEUE
     waiter = [sys.executable, "-P", "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_with_launcher(words)]
     environment = os.environ | import_path()
@@ -231,11 +229,6 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
         )
     # The parent must wait for a child process, or it stays as a zombie.
     threading.Thread(target=process.wait, daemon=True).start()
-    record, began = RunRecord(path), time.monotonic()
-    while record.status().pid != process.pid and process.poll() is None:
-        if time.monotonic() - began > MAX_WAIT_SECONDS:
-            return
-        time.sleep(0.02)
 
 
 def _with_launcher(words: Sequence[str]) -> list[str]:

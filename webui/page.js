@@ -11,6 +11,9 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   /* ---- Runs: looked for by one small request; the open screen is refreshed only when something has changed ---- */
   let revision = null, states = new Map(), refreshed = 0, looked = 0, timer = null;
 
+  const openScreen = () => new URLSearchParams(query()).get("tab");
+  const refresh = (screen = openScreen()) => click(`refresh-${screen}`);
+
   async function look() {
     clearTimeout(timer);
     looked = performance.now();
@@ -40,9 +43,10 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   function refreshIfChanged(now, isNewState) {
     if (now === revision || document.hidden) return;
     if (revision !== null) {
-      const wait = REFRESH_MS[new URLSearchParams(query()).get("tab")] ?? Infinity;
+      const wait = REFRESH_MS[openScreen()] ?? Infinity;
       if (!isNewState && performance.now() - refreshed < wait) return;
-      click("refresh");
+      if (isNewState) click("relist");
+      refresh();
     }
     revision = now;
     refreshed = performance.now();
@@ -114,7 +118,13 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     return new URL(addressOf({ tab: new URLSearchParams(location.search).get("tab") ?? "photos" })).search;
   }
 
-  window.noraVision = { query, shows };
+  /* The run that the open screen shows: Train has a list of its own. */
+  function showsRun() {
+    const menu = openScreen() === "train" ? ".on-train" : ".on-subject";
+    setTimeout(() => shows("run", document.querySelector(`#run ${menu} summary`)?.dataset.run));
+  }
+
+  window.noraVision = { query, shows, showsRun, refresh };
 
   /* ---- Ctrl+Enter presses the main button of the screen ---- */
   document.addEventListener("keydown", (event) => {

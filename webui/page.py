@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 import gradio as gr
 
 from webui.api import build_api
-from webui.context import QUIET, AppContext, followed, show_errors
+from webui.context import CHOOSING, QUIET, REFRESH, AppContext, followed, show_errors
 from webui.draft import Draft
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.workspace import Settings
@@ -75,36 +75,39 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
     query = gr.Textbox(visible=False)
 
     @show_errors
-    def open_address(query: str, request: gr.Request) -> list[dict[str, object]]:
+    def open_address(query: str, request: gr.Request) -> list[object]:
         named = {name: values[-1] for name, values in parse_qs((query or "").removeprefix("?")).items()}
         tab = named.get("tab")
         return context.show(context.settings.workspace(request), named.get("run"), tab if tab in SCREENS else None)
 
-    context.page.load(open_address, query, context.outputs, js="() => [location.search]", **QUIET)
+    loaded = context.page.load(open_address, query, context.outputs, js="() => [location.search]", **QUIET)
+    loaded.then(None, js=REFRESH, **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")
     button.click(open_address, query, context.outputs, js="() => [noraVision.query()]", **QUIET)
     for name, tab in opened.items():
         tab.select(None, js=f"() => noraVision.shows('tab', '{name}')", **QUIET)
-    context.run.change(None, context.run, js="run => noraVision.shows('run', run)", trigger_mode="multiple", **QUIET)
+    context.picker.change(None, js="() => noraVision.showsRun()", trigger_mode="multiple", **QUIET)
 
 
 def _context(page: gr.Blocks, settings: Settings) -> AppContext:
     """The components that the screens share, put into the open page."""
-    run = gr.Dropdown(label="Run", info="The run shown on Train, Judge and Use.", elem_id="run", interactive=True)
+    picker = gr.HTML(js_on_load=CHOOSING, elem_id="run")
     # The drafts are not secret. A key of this server process would lose them on a restart.
     draft = gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-draft", secret="nora-vision-draft")
     return AppContext(
         page,
         settings,
-        run=run,
-        picked=followed(run),
+        run=gr.State(None),
+        class_run=gr.State(None),
+        train_run=gr.State(None),
+        picker=picker,
         step=gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False),
         chosen=gr.State(None),
         tabs=gr.Tabs(elem_id="screens", overflow_behavior="wrap"),
         draft=draft,
         draft_changed=followed(draft),
         class_draft=gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-classify", secret="nora-vision-classify"),
-        refresh=gr.Button(visible="hidden", elem_id="refresh"),
         active_tab=gr.State(next(iter(SCREENS))),
-        refresh_triggers={name: gr.State(0.0) for name in SCREENS},
+        refreshes={name: gr.Button(visible="hidden", elem_id=f"refresh-{name}") for name in SCREENS},
+        relist=gr.Button(visible="hidden", elem_id="relist"),
     )

@@ -1,294 +1,314 @@
-"""A run as the page shows it: its state and the actions that it allows, derived from its files at each request."""
+"""A run as the page shows it: its name and face, its state in words, its progress and its key figures."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from statistics import fmean
 
 from pipelines.errors import InputError
-from pipelines.methods import DEFAULT, title_of
-from pipelines.run_file import ResolvedOptions, RunFile
-from training.options.data import SAMPLE_PROMPT
-from training.runs import run_requests
-from training.runs.fewshot_files import FewShotReport
-from training.runs.record import RunRecord, process_of
+from pipelines.fewshot.metric_values import Interval
+from pipelines.image_formats import IMAGE_SUFFIXES
+from pipelines.methods import DEFAULT
+from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT
+from training.runs import naming
+from training.runs.fewshot_files import FewShotReport, MethodSummary
+from training.runs.record import newest_step
 from training.runs.run_files import (
-    METRICS,
-    Certificate,
-    DryRunReport,
-    ImageChecks,
-    Launch,
-    LoggedMetrics,
+    CALIBRATING,
+    CERTIFYING,
+    CLASS_IMAGES,
+    COMPARING,
+    CROSS_VALIDATION,
+    DRY_RUN,
+    ENCODING,
+    EXPORTING,
+    FINDING_SETTINGS,
+    FITTING,
+    LOADING,
+    REPORTING,
+    SAMPLING,
+    TRAINING,
+    UPLOADING,
     RunStatus,
     Suggestion,
-    read_metrics,
 )
-from training.runs.run_log import ended_by, last_error
-from training.runs.waiting import QUEUE, runs_before
-from webui.workspace import Workspace, began
+from training.runs.snapshot import Revision, RunSnapshot, revision
+from training.subject.measured import subject_images
+from webui.workspace import Workspace
 
-Task = Literal["subject", "classify"]
-State = Literal["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
-Action = Literal["stop", "sample", "save", "resume", "duplicate", "delete"]
-ACTIVE = frozenset({"queued", "starting", "running"})
-ACTIONS: dict[State, tuple[Action, ...]] = {
-    "queued": ("stop",),
-    "starting": ("stop",),
-    "running": ("stop", "sample", "save"),
-    "interrupted": ("resume", "duplicate", "delete"),
-    "stopped": ("resume", "duplicate", "delete"),
-    "failed": ("resume", "duplicate", "delete"),
-    "done": ("duplicate", "delete"),
+Point = tuple[float, float]
+# The title of each phase, and the part of the plan that it belongs to.
+PHASES = {
+    LOADING: ("Loading the model", "Preparing"),
+    ENCODING: ("Encoding the photos into latents", "Preparing"),
+    SAMPLING: ("Generating images before the training", "Images before"),
+    CLASS_IMAGES: ("Generating class images for prior preservation", "Preparing"),
+    DRY_RUN: ("Dry run: three steps, to measure time and memory", "Preparing"),
+    CALIBRATING: ("Calibrating: measuring the model's activations on your photos, to initialise the adapter", "Preparing"),
+    FINDING_SETTINGS: ("Memory fallback: looking for settings that fit into memory", "Preparing"),
+    CROSS_VALIDATION: ("Cross-validation", "Cross-validation"),
+    TRAINING: ("Training", "Training"),
+    EXPORTING: ("Exporting the adapter in four formats", "Export"),
+    COMPARING: ("Scoring the checkpoints: generating images with each", "Scoring"),
+    CERTIFYING: ("Checking the exported files with plain diffusers", "Certificate"),
+    UPLOADING: ("Uploading", "Upload"),
+    FITTING: ("Training", "Training"),
+    REPORTING: ("Writing the report", "Report"),
 }
-TRAINING = "training"
-File = TypeVar("File", bound=RunFile)
-Revision = tuple[int, int, int]
-# The files that the page shows, besides the status.
-SHOWN_FILES: tuple[type[RunFile], ...] = (
-    ResolvedOptions, Launch, ImageChecks, DryRunReport, Suggestion, Certificate, FewShotReport,
-)  # fmt: skip
-# The longest time from the creation of a run's folder to the first status of its process.
-BEGINNING_SECONDS = 20.0
-LONGEST_NAME, NAMED_CLASSES = 48, 3
-SAMPLE_CLASSES = "handwritten digits"
-INTERRUPTED = {
-    "SIGKILL": "Its process was killed, probably by the system because memory ran out.",
-    None: "Its process ended without reporting an error. Perhaps the machine was switched off.",
-}
+KINDS = {"subject": "Subject", "classify": "Classifier"}
+# Errors whose messages are written for users.
+PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
+LONGEST_ERROR = 400
+# The displayed training loss is the mean over this many steps.
+LAST_STEPS = 16
+SCORES = {"subject_score": "Image similarity (CLIP-I)", "prompt_score": "Prompt similarity (CLIP-T)"}
+SOON = "The first checkpoint is saved after some steps of training. This page then updates by itself."
 
 
 @dataclass(frozen=True)
-class RunView:
-    """A snapshot of one run, created for each request.
-
-    Args:
-        record: its directory.
-    """
-
-    record: RunRecord
+class RunView(RunSnapshot):
+    """A snapshot of one run in words, created for each request."""
 
     @property
-    def id(self) -> str:
-        """Its folder's name."""
-        return self.record.path.name
-
-    @cached_property
-    def status(self) -> RunStatus:
-        """The status; without any field set if there is none or it cannot be read."""
-        return self.read_file(RunStatus) or RunStatus()
-
-    @cached_property
-    def options(self) -> dict[str, Any]:
-        """The resolved options by group; empty before the run has begun."""
-        return (self.read_file(ResolvedOptions) or ResolvedOptions()).groups
-
-    @cached_property
-    def launch(self) -> Launch:
-        """How the page started it; without any field set for runs from a terminal."""
-        return self.read_file(Launch) or Launch()
+    def method(self) -> str:
+        """The display name of the adapter method, or of all methods of a classifier."""
+        if self.task == "subject":
+            return naming.method_name(self.chosen("adapter", "method") or DEFAULT)
+        methods = self.chosen("method", "method")
+        return ", ".join(map(naming.method_name, methods)) if isinstance(methods, list) else ""
 
     @property
-    def launch_options(self) -> dict[str, Any]:
-        """The options that it was started with on the page; empty for runs from a terminal."""
-        return self.launch.options or {}
+    def prompt(self) -> str:
+        """The instance prompt of a subject run."""
+        return str(self.chosen("data", "instance_prompt") or SAMPLE_PROMPT)
 
-    def read_file(self, kind: type[File]) -> File | None:
-        """A file of the run; None if it is missing or cannot be read, for which `file_error` has the reason."""
-        try:
-            return read_cached(kind, self.record.path)
-        except InputError:
-            return None
+    @property
+    def when(self) -> str:
+        """When it was started."""
+        return time.strftime("%d %b %H:%M", time.localtime(self.created))
 
-    def file_error(self, kind: type[RunFile]) -> str | None:
-        """Why a file of the run cannot be read and what to do; None if it can be read or is missing."""
-        revision = _revision(self.record.path / kind.NAME)
-        return None if revision is None else _read_error(kind, self.record.path, revision)
+    @property
+    def label(self) -> str:
+        """Its title in selectors, where several runs have the same."""
+        return " · ".join(filter(None, (self.title, self.method if self.task == "subject" else "", self.when)))
 
-    @cached_property
-    def file_errors(self) -> list[str]:
-        """The errors of all files that the page shows; that of the status is in `reason`."""
-        errors = (*(self.file_error(kind) for kind in SHOWN_FILES), self.metrics_error)
-        return [error for error in errors if error is not None]
+    @property
+    def face(self) -> Path | None:
+        """The image that represents it: its first training image; None if there is none."""
+        images = subject_images(self.record)
+        if images:
+            return images[0].path
+        if self.task == "subject":
+            return _first_image(Path(self.chosen("data", "instance_data_dir") or SAMPLE_SUBJECT))
+        folder = self.chosen("data", "data_dir")
+        figures = sorted((self.record.path / "figures").glob("*.png"))
+        return (_first_image(Path(folder)) if folder else None) or next(iter(figures), None)
 
-    @cached_property
-    def metrics(self) -> list[LoggedMetrics]:
-        """The logged metrics; empty if metrics.jsonl is missing or cannot be read."""
-        revision = _revision(self.record.path / METRICS)
-        if revision is None or self.metrics_error is not None:
+    def file_stem(self, step: int) -> str:
+        """The name of a downloaded adapter's file without its suffix."""
+        return naming.file_stem(self.title, step)
+
+    @property
+    def fits(self) -> str:
+        """Which base models its LoRA files fit, as a sentence."""
+        return naming.fits(str(self.chosen("model", "pretrained_model_name_or_path")))
+
+    @property
+    def phase(self) -> str:
+        """The current phase."""
+        return phase_title(self.status)
+
+    @property
+    def plan(self) -> list[tuple[str, str]]:
+        """The parts of its plan in order, and whether each is "done", "now" or "later"; empty if it is not known."""
+        names = list(dict.fromkeys(PHASES[phase.name][1] for phase in self.status.plan or () if phase.name in PHASES))
+        now = PHASES.get(str(self.status.phase), ("", ""))[1]
+        if self.state != "running" or now not in names or self.task != "subject":
             return []
-        return _read_metrics(self.record.path, revision)
-
-    @cached_property
-    def metrics_error(self) -> str | None:
-        """Why metrics.jsonl cannot be read and what to do; None if it can be read or is missing."""
-        revision = _revision(self.record.path / METRICS)
-        return None if revision is None else _metrics_error(self.record.path, revision)
-
-    @cached_property
-    def task(self) -> Task:
-        """The task of its recipe."""
-        return self.launch.task or ("classify" if "target_layers" in self.options else "subject")
-
-    @cached_property
-    def state(self) -> State:
-        """Its state. A run whose process ended without reporting it was stopped, has failed or was interrupted."""
-        reported = self.status.state or "starting"
-        if reported not in ACTIVE or self._has_process:
-            return reported if reported in ACTIONS else "interrupted"
-        if not (self.record.path / RunStatus.NAME).exists() and time.time() - self.created < BEGINNING_SECONDS:
-            return "starting"
-        if run_requests.was_asked(self.record, run_requests.STOP):
-            return "stopped"
-        return "failed" if reported == "starting" and last_error(self.record) else "interrupted"
+        at = names.index(now)
+        return [(name, "done" if i < at else "now" if i == at else "later") for i, name in enumerate(names)]
 
     @property
-    def _has_process(self) -> bool:
-        """Whether the process that wrote the last status is alive."""
-        return process_of(self.status) is not None
+    def share(self) -> float | None:
+        """The share of the whole run that is done; None if it is unknown."""
+        if self.state == "done":
+            return 1.0
+        return None if self.state in ("queued", "starting") else self.status.share
 
     @property
-    def is_active(self) -> bool:
-        """Whether it is queued, starting or running."""
-        return self.state in ACTIVE
+    def time_left(self) -> str:
+        """The time to its end; empty if it is not known."""
+        left, heartbeat = self.status.seconds_left, self.status.heartbeat
+        if self.state != "running" or left is None:
+            return ""
+        return f"{duration(max(0.0, left - (time.time() - (heartbeat or 0.0))))} left"
 
     @property
-    def actions(self) -> tuple[Action, ...]:
-        """The actions that its state allows."""
-        allowed = ACTIONS[self.state]
-        trains = self.task == "subject" and self.status.phase == TRAINING
-        return allowed if trains else tuple(action for action in allowed if action not in run_requests.ASKED)
-
-    @cached_property
-    def runs_before(self) -> int | None:
-        """The number of runs ahead of it, including the active one; None unless it is queued."""
-        if self.state != "queued":
-            return None
-        path = self.record.path.absolute()
-        roots = [root for root in (path.parent / QUEUE, path.parents[1] / QUEUE) if root.is_dir()]
-        positions = [position for root in roots if (position := runs_before(root, path)) is not None]
-        return positions[0] if positions else None
-
-    @cached_property
-    def error(self) -> str | None:
-        """The error as "Kind: message"; None unless the run has failed."""
-        if self.state != "failed":
-            return None
-        return str(self.status.error or last_error(self.record) or "It ended without an error message.")
-
-    @cached_property
-    def reason(self) -> str | None:
-        """Why it was interrupted, stopped or has failed, as a sentence; None for other states."""
-        if self.state == "interrupted":
-            return self.file_error(RunStatus) or INTERRUPTED.get(ended_by(self.record), INTERRUPTED[None])
-        if self.state == "stopped":
-            return "You stopped it."
-        return None if self.error is None else without_kind(self.error)
-
-    @property
-    def created(self) -> float:
-        """When it was started, seconds since the epoch."""
-        created_at = self.launch.created
-        return created_at if isinstance(created_at, int | float) else began(self.record.path)
-
-    @property
-    def ended(self) -> float | None:
-        """The last heartbeat, seconds since the epoch; None while it is active."""
-        return None if self.is_active else self.status.heartbeat
-
-    @property
-    def share_done(self) -> float | None:
-        """The progress of its current phase in [0, 1]; None if unknown."""
+    def progress(self) -> str:
+        """The share, the steps and the time left, as text."""
         step, total = self.status.step, self.status.total
-        return min(1.0, step / total) if isinstance(step, int) and isinstance(total, int) and total > 0 else None
-
-    def chosen(self, group: str, name: str) -> Any:
-        """An option of the run: the resolved value, else the value set on the page; None if neither is set."""
-        for options in (self.options, self.launch_options):
-            fields = options.get(group)
-            if isinstance(fields, dict) and fields.get(name) is not None:
-                return fields[name]
-        return None
-
-    @cached_property
-    def name(self) -> str:
-        """Its instance prompt or classes, shortened; contains user input."""
-        name = self._classes() if self.task == "classify" else str(self.chosen("data", "instance_prompt") or SAMPLE_PROMPT)
-        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-
-    def _classes(self) -> str:
-        given = self.chosen("data", "class_names")
-        names = [str(each).partition("=")[2] for each in given] if isinstance(given, list) else []
-        if names:
-            more = len(names) - NAMED_CLASSES
-            return ", ".join(names[:NAMED_CLASSES]) + (f" and {more} more" if more > 0 else "")
-        folder = self.chosen("data", "dataset") or self.chosen("data", "data_dir")
-        return str(folder).rstrip("/").rpartition("/")[2] if folder else SAMPLE_CLASSES
+        words = "step" if self.task == "subject" else "training"
+        steps = f"{words} {step} of {total}" if total and (self.status.phase == TRAINING or self.task == "classify") else ""
+        share = "" if self.share is None else f"{self.share:.0%}"
+        return " · ".join(filter(None, (share, steps, self.time_left)))
 
     @property
-    def title(self) -> str:
-        """Its title in lists."""
-        when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
-        method = title_of(self.chosen("adapter", "method") or DEFAULT) if self.task == "subject" else ""
-        return f"{self.name}, {method}{', ' if method else ''}{when} ({self.state})"
+    def headline(self) -> str:
+        """Its state in words."""
+        seconds = self.status.seconds
+        sentences = {
+            "queued": in_queue(self.runs_before) if self.runs_before else "Next in the queue",
+            "starting": "Starting: loading the libraries takes a few seconds",
+            "running": self.phase,
+            "done": "Done" if seconds is None else f"Done in {duration(seconds)}",
+        }
+        return sentences.get(self.state) or self._steps_done
 
+    @property
+    def _steps_done(self) -> str:
+        done, total = max(self.status.step or 0, self.saved), self.status.total
+        return f"{done} of {total} steps were done" if done and total and self.task == "subject" else "No training step was done"
 
-def read_cached(kind: type[File], folder: Path) -> File | None:
-    """A file of a run, read again only if it has changed; None if it is missing.
+    @property
+    def saved(self) -> int:
+        """The step of its newest checkpoint; 0 without one."""
+        return newest_step(self.record.checkpoints)
 
-    Raises: InputError if it cannot be read.
-    """
-    revision = _revision(folder / kind.NAME)
-    return None if revision is None else _read(kind, folder, revision)
+    @property
+    def ending(self) -> str:
+        """Why it ended and what to do; empty unless it was interrupted, stopped or has failed."""
+        steps = f"Everything up to step {self.saved} is saved." if self.saved else "No checkpoint was saved."
+        effect = "continues from there" if self.saved else "starts again with the same settings"
+        if self.state in ("interrupted", "stopped"):
+            return f"{self.reason} {steps} Resume {effect}."
+        return f"{plain_error(self.error)} {steps}" if self.state == "failed" else ""
 
+    @property
+    def outlook(self) -> str:
+        """Why it has no adapter yet, and whether one will come."""
+        if self.is_active:
+            return SOON
+        return f"The run ended before its first checkpoint. {self.ending}".strip()
 
-@lru_cache(maxsize=512)
-def _read(kind: type[File], folder: Path, revision: Revision) -> File | None:
-    return kind.read(folder)
+    @property
+    def sentence(self) -> str:
+        """What it is doing, or why it ended, in one line."""
+        doing = self.reason or self.headline.partition(":")[0]
+        share = f"{self.share:.0%}" if self.state == "running" and self.share is not None else ""
+        return " · ".join(filter(None, (self.title, doing, share, self.time_left)))
 
-
-@lru_cache(maxsize=256)
-def _read_metrics(folder: Path, revision: Revision) -> list[LoggedMetrics]:
-    return read_metrics(folder)
-
-
-# The list of runs needs only these of most files. They are small, so those of many runs are remembered, unlike the files.
-@lru_cache(maxsize=16384)
-def _read_error(kind: type[RunFile], folder: Path, revision: Revision) -> str | None:
-    return _error_of(lambda: _read(kind, folder, revision))
-
-
-@lru_cache(maxsize=2048)
-def _metrics_error(folder: Path, revision: Revision) -> str | None:
-    return _error_of(lambda: _read_metrics(folder, revision))
-
-
-def _error_of(read: Callable[[], object]) -> str | None:
-    try:
-        read()
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _revision(path: Path) -> Revision | None:
-    """Values that change with each version of a file; None if there is no file."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
-
-def without_kind(error: str) -> str:
-    """An error of status.json without the name of its exception class."""
-    kind, separator, words = error.partition(": ")
-    return words if separator and kind.isidentifier() and words else error
+    @property
+    def figures(self) -> list[tuple[str, str]]:
+        """Its key figures as pairs of name and value."""
+        rows = _of_classifier(self) if self.task == "classify" else _of_subject(self)
+        return [(name, value) for name, value in rows if value]
 
 
 def views(workspace: Workspace) -> list[RunView]:
     """All runs of the workspace, newest first."""
     return [RunView(workspace.run(run_id)) for run_id in workspace.run_ids()]
+
+
+def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
+    """The run `run_id`; None if there is none or it was deleted."""
+    try:
+        return RunView(workspace.run(run_id)) if run_id else None
+    except InputError:
+        return None
+
+
+def _first_image(folder: Path) -> Path | None:
+    """The first image in `folder`, or in its first subfolder with one."""
+    changed = revision(folder)
+    return None if changed is None else _first_image_in(folder, changed)
+
+
+@lru_cache(maxsize=1024)
+def _first_image_in(folder: Path, changed: Revision) -> Path | None:
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = (path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return next(images, None) or next(filter(None, (_first_image(path) for path in entries if path.is_dir())), None)
+
+
+def in_queue(ahead: int) -> str:
+    """The position in the queue in words."""
+    return f"{ahead} {'run' if ahead == 1 else 'runs'} ahead in the queue"
+
+
+def phase_title(status: RunStatus) -> str:
+    """The title of the phase in status.json."""
+    phase = str(status.phase or LOADING)
+    if phase == CROSS_VALIDATION and status.fold is not None:
+        of_all = "" if status.folds is None else f" of {status.folds}"
+        return f"Cross-validation, fold {status.fold}{of_all}: a short training without photo {status.fold}"
+    if phase == FITTING and status.method is not None:
+        return f"Training {naming.method_name(status.method)}, {status.shots} images per class, seed {status.seed}"
+    return PHASES.get(phase, (phase, ""))[0]
+
+
+def plain_error(error: str | None) -> str:
+    """What went wrong and what to do, from an error "Kind: message"."""
+    kind, _, message = (error or "").partition(": ")
+    if kind == "DiskFullError":
+        return "The disk is full. Free some space, then press Resume."
+    if "out of memory" in message.lower() or kind in ("OutOfMemoryError", "MemoryError"):
+        return "Out of memory. Lower the batch size or the resolution in the expert settings, and start again."
+    if kind in PLAIN:
+        return message
+    sentence = f"Error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "The run ended without an error message"
+    return f"{sentence.rstrip('.:')}. Press Resume to try again. If it fails again, see the log below."
+
+
+def duration(seconds: float) -> str:
+    """A duration as text."""
+    if seconds < 55:
+        return f"{max(5, round(seconds / 5) * 5)} seconds"
+    if seconds < 5400:
+        minutes = round(seconds / 60)
+        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _of_subject(view: RunView) -> list[tuple[str, str]]:
+    by_name, suggestion = series(view), view.read_file(Suggestion)
+    losses = [value for _, value in by_name.get("loss", [])][-LAST_STEPS:]
+    heldout = [value for step, value in by_name.get("heldout_loss", []) if step > 0]
+    done, total = view.status.step, view.status.total
+    return [
+        ("Method", view.method),
+        ("Steps", f"{done} of {total}" if total else ""),
+        ("Loss", f"{fmean(losses):.3f}" if losses else ""),
+        ("Lowest validation loss", f"{min(heldout):.3f}" if heldout else ""),
+        ("Recommended checkpoint", "" if suggestion is None else str(suggestion.step)),
+    ]
+
+
+def _of_classifier(view: RunView) -> list[tuple[str, str]]:
+    done, total = view.status.step, view.status.total
+    started = [("Methods", view.method), ("Trainings", f"{done} of {total}" if total else "")]
+    return [(naming.method_name(row.method), in_percent(row.top1)) for row in accuracies(view)] or started
+
+
+def accuracies(view: RunView) -> Sequence[MethodSummary]:
+    """The summary rows of a classifier's report, one per method and number of shots; empty before the report exists."""
+    report = view.read_file(FewShotReport)
+    return [] if report is None else report.summary
+
+
+def in_percent(interval: Interval) -> str:
+    """A proportion with its 95% confidence interval, in percent."""
+    return f"{interval.value:.0%} ({max(0.0, interval.low):.0%} to {min(1.0, interval.high):.0%})"
+
+
+def series(view: RunView) -> dict[str, list[Point]]:
+    """All logged metrics by name, as (step, value) in order. If a step was logged twice, the last value counts."""
+    by_name: dict[str, dict[float, float]] = defaultdict(dict)
+    for logged in view.metrics:
+        for name, value in logged.values.items():
+            by_name[name][logged.step] = value
+    return {name: sorted(points.items()) for name, points in by_name.items()}

@@ -26,7 +26,6 @@ from training.runs.run_log import LOG
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
 from webui.inference_worker import WORKER
 from webui.page import HEAD, SCRIPT, build_page
-from webui.progress import sentence, share_done
 from webui.runs import RunView, views
 from webui.security import middlewares
 from webui.theme import CARD, FAVICON, STYLE, theme
@@ -194,15 +193,9 @@ def activity_route(settings: Settings) -> Route:
 
 
 def _described(view: RunView) -> dict[str, object]:
-    share = share_done(view)
-    return {
-        "id": view.id,
-        "name": view.name,
-        "state": view.state,
-        "active": view.is_active,
-        "percent": None if share is None else round(100 * share),
-        "sentence": sentence(view),
-    }
+    percent = None if view.share is None else round(100 * view.share)
+    about = {"name": view.title, "state": view.state, "active": view.is_active, "sentence": view.sentence}
+    return {"id": view.id, "percent": percent, **about}
 
 
 def _changes_of(view: RunView) -> list[object]:

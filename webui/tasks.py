@@ -19,6 +19,7 @@ from training.options.fewshot import ALL, FewShotOptions
 from training.options.values import Options, Values, default_of, groups, merged, without
 from training.runs.record import RunRecord
 from training.runs.run_files import LOADING, SAMPLING, DryRunReport
+from training.runs.snapshot import RunSnapshot
 from training.subject.plan import estimated_seconds, phases
 from webui import launching, machine, presets
 from webui.datasets import Dataset
@@ -381,7 +382,7 @@ def measured(record: RunRecord) -> DryRunReport | None:
 
 def is_measuring(record: RunRecord) -> bool:
     """Whether a dry run is active or queued."""
-    return record.status().state in ("queued", "starting", "running") and record.has_live_process()
+    return RunSnapshot(record).is_active
 
 
 def _rounded(seconds: float) -> str:

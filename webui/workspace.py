@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch, RunStatus
+from training.runs.snapshot import began
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -138,14 +139,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
-
-
-def began(run: Path) -> float:
-    """When a run was started, in seconds since the epoch, from a file that is written only at the start."""
-    for name in (Launch.NAME, "command"):
-        if (run / name).exists():
-            return (run / name).stat().st_mtime
-    return run.stat().st_mtime
 
 
 def _is_run(path: Path) -> bool:

@@ -1,5 +1,6 @@
-"""The app context: when each screen is refreshed, and what the page's address opens."""
+"""The app context: what every screen shows of the runs, and when it is refreshed."""
 
+import json
 import warnings
 from collections import Counter
 
@@ -7,7 +8,9 @@ import gradio as gr
 import pytest
 from run_folders import end_processes, run_in
 
-from webui.page import SCREENS, build_page
+from webui.context import pickers
+from webui.page import SCREENS, _context, build_page
+from webui.runs import views
 from webui.workspace import Settings, Workspace
 
 
@@ -40,38 +43,60 @@ def test_no_event_has_two_listeners_in_the_mode_always_last(page):
     assert several == {(gr.State, "change")}
 
 
-def listener(page, name, of="AppContext.attach_refreshes"):
-    found, *_ = [fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"{of}.<locals>.{name}"]
+@pytest.fixture
+def context(workspace):
+    """The context of the page."""
+    with gr.Blocks() as page:
+        return _context(page, Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
+
+
+def listener(page, name, of):
+    (found,) = {fn.fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"{of}.<locals>.{name}"}
     return found
 
 
-def beating(updates):
-    """The screens whose refresh trigger changed."""
-    return [name for name, update in zip(SCREENS, updates, strict=True) if update != gr.skip()]
+def test_a_change_of_a_run_refreshes_only_the_open_screen_by_one_event(page):
+    buttons = {block.elem_id: number for number, block in page.blocks.items() if str(block.elem_id or "").startswith("refresh-")}
+    assert set(buttons) == {f"refresh-{name}" for name in SCREENS}
+    asked = [fn for fn in page.fns.values() if (buttons["refresh-train"], "click") in fn.targets]
+    assert len(asked) == 1
 
 
-def test_a_change_of_a_run_refreshes_only_the_open_screen(page, workspace):
-    (button,) = [number for number, block in page.blocks.items() if getattr(block, "elem_id", None) == "refresh"]
-    assert len([fn for fn in page.fns.values() if (button, "click") in fn.targets]) == 1
-    run_in(workspace.runs / "a")
-    for front in SCREENS:
-        now, *refresh_triggers = listener(page, "refresh").fn(front, None)
-        assert now == [["a", "running"]]
-        assert beating(refresh_triggers) == [front]
-
-
-def test_the_page_opens_with_the_active_run_else_the_newest(page, workspace):
-    come_back = listener(page, "open_address", of="_follow_address")
-    assert come_back.fn("", None)[0].value is None
+def test_the_page_opens_with_the_active_run_else_the_newest(context, workspace, page):
+    open_address = listener(page, "open_address", "_follow_address")
+    assert open_address("", None)[0] is None
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")
-    run, tabs = come_back.fn("?tab=nowhere&run=../b", None)
-    assert (run.value, tabs) == ("a", gr.skip())
-    assert [run_id for _, run_id in run.choices] == ["b", "a"]
+    run_id, _, train_id, tabs = open_address("?tab=nowhere&run=../b", None)
+    assert (run_id, train_id, tabs) == ("a", "a", gr.skip())
+    listed = pickers(views(workspace), run_id, train_id)
+    assert listed.index('data-run="b" aria-pressed="false"') < listed.index('data-run="a" aria-pressed="true"')
 
 
-def test_the_page_opens_with_the_run_and_the_screen_of_its_address(page, workspace):
+def test_the_page_opens_with_the_run_and_the_screen_of_its_address(workspace, page):
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")
-    run, tabs = listener(page, "open_address", of="_follow_address").fn("?tab=judge&run=b", None)
-    assert (run.value, tabs.selected) == ("b", "judge")
+    run_id, *_, tabs = listener(page, "open_address", "_follow_address")("?tab=judge&run=b", None)
+    assert (run_id, tabs.selected) == ("b", "judge")
+
+
+def test_a_classifier_is_shown_on_train_and_classify_and_leaves_the_subject_run_selected(context, workspace):
+    run_in(workspace.runs / "a", "done")
+    run = run_in(workspace.runs / "digits", "running")
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
+    run_id, class_run, train_id, tabs = context.show(workspace, "digits", "classify")
+    assert (run_id, class_run, train_id) == (gr.skip(), "digits", "digits")
+    assert tabs.selected == "classify"
+    run_id, _, train_id, *_ = context.show(workspace)
+    assert (run_id, train_id) == ("a", "digits")
+    of_train, of_subject = str(pickers(views(workspace), "a", "digits")).split("on-subject")
+    assert 'data-run="digits"' in of_train
+    assert "digits" not in of_subject
+
+
+def test_a_run_deleted_in_another_window_is_replaced_by_another_one(context, workspace, page):
+    run_in(workspace.runs / "a", "done")
+    assert context.show(workspace, "gone")[0] == "a"
+    relist = listener(page, "relist", "AppContext.attach_refreshes")
+    assert relist("gone", "gone", None)[0] == "a"
+    assert relist("a", "a", None) == [gr.skip()] * 4

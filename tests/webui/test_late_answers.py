@@ -47,15 +47,6 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
     assert examine(own, shown, examined, None) == (gr.skip(), gr.skip())
 
 
-def test_a_confirmation_is_hidden_only_when_another_run_is_selected(page):
-    close = listener(page, "runs", "_only_about")
-    assert close(None, "a") == (gr.skip(), gr.skip())
-    assert close("a", "a") == (gr.skip(), gr.skip())
-    asked, confirm = close("a", "b")
-    assert asked is None
-    assert confirm.visible is False
-
-
 def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspace, tmp_path):
     only = next(iter(COLOURS))
     dataset = colour_set(workspace, tmp_path / "given", names=[only])

@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 from training.runs import run_requests
 from training.runs.record import RunRecord, update_status
 from training.runs.run_files import Launch
-from training.runs.run_log import LOG, last_error
+from training.runs.run_log import LOG, last_error, log_tail
 from webui import launching
 from webui.form_schema import validated
 from webui.runs import RunView
@@ -121,7 +121,7 @@ def test_a_run_survives_a_killed_server(workspace, tmp_path):
 def test_runs_wait_in_a_queue_and_report_their_position(workspace):
     ids = [launching.start(workspace, "subject", QUICK) for _ in range(3)]
     trains(workspace, ids[0])
-    assert [view(workspace, run_id).runs_before for run_id in ids] == [None, 1, 2]
+    wait_for(lambda: [view(workspace, run_id).runs_before for run_id in ids] == [None, 1, 2])
     assert view(workspace, ids[1]).actions == ("stop",)
     launching.stop(workspace, ids[1])
     wait_for(lambda: state(workspace, ids[1]) == "stopped")
@@ -132,6 +132,18 @@ def test_runs_wait_in_a_queue_and_report_their_position(workspace):
     assert state(workspace, ids[1]) == "queued"
     end(workspace, ids[2])
     trains(workspace, ids[1])
+
+
+def test_a_run_is_shown_as_queued_at_once_and_can_be_stopped_before_its_process_has_begun(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    assert view(workspace, run_id).state == "queued"
+    assert view(workspace, run_id).status.pid is None
+    launching.stop(workspace, run_id)
+    wait_for(lambda: state(workspace, run_id) == "stopped")
+    assert not (workspace.run(run_id).path / "began").exists()
+    launching.resume(workspace, run_id)
+    assert state(workspace, run_id) == "queued"
+    trains(workspace, run_id)
 
 
 def test_a_training_run_stops_on_request_and_can_be_resumed(workspace):
@@ -323,7 +335,7 @@ def test_the_log_is_shown_as_a_terminal_would(workspace):
     path = workspace.new_run()
     (path / "status.json").write_text("{}")
     (path / LOG).write_text("one\ntraining:  1%\rtraining:  2%\rtraining: 3%\n\x1b[31mred\x1b[0m\n" + "line\n" * 500)
-    shown = launching.log_tail(workspace.run(path.name)).splitlines()
+    shown = log_tail(workspace.run(path.name)).splitlines()
     assert len(shown) == 199
     (path / LOG).write_text("one\ntraining:  1%\rtraining:  2%\rtraining: 3%\n\x1b[31mred\x1b[0m")
-    assert launching.log_tail(workspace.run(path.name)) == "one\ntraining: 3%\nred"
+    assert log_tail(workspace.run(path.name)) == "one\ntraining: 3%\nred"

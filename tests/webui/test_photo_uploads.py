@@ -11,9 +11,9 @@ from pipelines.subject.captions import find_captioned
 from training.runs.record import RunRecord
 from webui.datasets import Dataset
 from webui.draft import Draft
-from webui.photo_account import photo_account
 from webui.runs import RunView
 from webui.screens.photos import _proposal, cards
+from webui.screens.train import notes
 from webui.uploads import add_photos
 from webui.workspace import Workspace
 
@@ -133,7 +133,7 @@ def test_the_page_distinguishes_masks_and_captions_as_the_scan_does(dataset):
 @pytest.mark.parametrize("content", ["", "[]", '{"folder": 3, "long_prompts": [3]}', '{"folder": {"files": []}}'])
 def test_a_report_of_another_form_is_ignored(tmp_path, content):
     (tmp_path / "photos.json").write_text(content)
-    assert photo_account(RunView(RunRecord(tmp_path))) == ""
+    assert notes(RunView(RunRecord(tmp_path))) == []
 
 
 def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
@@ -142,10 +142,9 @@ def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
     note = {"kind": "repeats_ignored", "words": "Repeats are ignored.", "is_warning": True}
     report = {"folder": {"folder": "/x", "files": [entry], "notes": [note]}, "long_prompts": [{"summary": "It is cut."}]}
     (tmp_path / "photos.json").write_text(json.dumps(report))
-    shown = photo_account(RunView(RunRecord(tmp_path)))
-    assert "Not used: &#39;&lt;b&gt;.mp4&#39;. Videos are not read." in shown
-    assert "Repeats are ignored." in shown
-    assert "It is cut." in shown
+    unused, note, cut = notes(RunView(RunRecord(tmp_path)))
+    assert unused.startswith("Not used: '<b>.mp4'. Videos are not read.")
+    assert (note, cut) == ("Repeats are ignored.", "It is cut.")
 
 
 @pytest.mark.parametrize(

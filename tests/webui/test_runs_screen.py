@@ -1,7 +1,6 @@
 """The screen Runs: the actions on a run, and the comparison of runs, with and without a browser."""
 
 import json
-import re
 
 import gradio as gr
 import pytest
@@ -12,11 +11,13 @@ from run_folders import add_report, add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import Interval
-from webui import inference_jobs, run_cards
+from training.runs.naming import set_title
+from webui import inference_jobs
 from webui.draft import Draft
+from webui.render import render
 from webui.runs import RunView
 from webui.screens.compare import NO_ADAPTER, OTHER_IMAGES, comparable, comparison, generated_with_all, plots
-from webui.screens.runs import draft_like
+from webui.screens.runs import cards, draft_like
 from webui.tasks import CLASSIFY, SUBJECT
 from webui.workspace import Workspace
 
@@ -113,7 +114,7 @@ def test_user_input_is_escaped_in_the_comparison(workspace):
         add_samples(run, 60, prompts=(NASTY,))
         add_samples(run, 100, prompts=(NASTY,))
     runs = comparable(workspace, ["a", "b"])
-    shown = comparison(runs) + run_cards.heading(runs[0]) + run_cards.question(runs[0])
+    shown = comparison(runs) + render("runs_question.html", run=runs[0])
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
 
@@ -159,12 +160,12 @@ def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspa
 
 
 def test_before_the_first_run_the_list_says_what_to_do():
-    assert "There are no runs yet" in run_cards.cards([], None)
+    assert "There are no runs yet" in cards([], None)
 
 
 def test_the_selected_run_is_marked_with_the_reason_why_it_ended(workspace):
     run_in(workspace.runs / "a", "interrupted")
-    shown = run_cards.cards([RunView(workspace.run("a"))], "a")
+    shown = cards([RunView(workspace.run("a"))], "a")
     assert 'aria-pressed="true"' in shown
     assert "Its process ended without reporting an error" in shown
     assert 'class="chip interrupted"' in shown
@@ -174,8 +175,9 @@ def test_the_selected_run_is_marked_with_the_reason_why_it_ended(workspace):
 def server(app_server):
     """A server with runs of several kinds."""
     server = app_server()
-    finished_run(server.runs / "20260101-000001-first")
-    with_options(finished_run(server.runs / "20260101-000002-other"), adapter={"method": "lora"})
+    set_title(finished_run(server.runs / "20260101-000001-first").path, "First duck")
+    other = with_options(finished_run(server.runs / "20260101-000002-other"), adapter={"method": "lora"})
+    set_title(other.path, "Other duck")
     run_in(server.runs / "20260101-000003-cut", "interrupted", steps=40)
     (classifier(server.runs / "20260101-000004-digits").path / "report.json").unlink()
     return server
@@ -206,6 +208,9 @@ def test_a_run_is_selected_compared_and_deleted_after_a_confirmation(server, new
     assert page.locator("button.run").count() == 4
     card(page, "20260101-000003-cut").click()
     page.wait_for_selector("#runs-resume")
+    page.locator("#runs-title input, #runs-title textarea").fill("Cut duck")
+    page.keyboard.press("Enter")
+    card(page, "20260101-000003-cut").get_by_text("Cut duck").wait_for()
     assert not page.locator("#runs-stop").is_visible()
     screenshot(page, "runs")
     page.click("#runs-delete")
@@ -223,7 +228,7 @@ def test_a_run_is_selected_compared_and_deleted_after_a_confirmation(server, new
 def test_two_runs_are_compared_and_a_duplicate_opens_check(server, new_page, screenshot):
     page = new_page(server.url, dark=True)
     open_runs(page)
-    pick(page, re.compile("LoRA.*done"), re.compile("NoRA.*done"))
+    pick(page, "Other duck", "First duck")
     page.click("#runs-compare-show")
     page.wait_for_selector(".compare table")
     assert page.locator(".compare td img").count() == 6

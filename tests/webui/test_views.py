@@ -9,20 +9,23 @@ from statistics import median
 
 import psutil
 import pytest
-from run_folders import PROMPTS, add_report, add_samples, finished_run, measure, process_of, run_in
+from PIL import Image
+from run_folders import add_report, add_samples, finished_run, measure, process_of, run_in
 
 from pipelines.fewshot.metric_values import Interval
+from training.options.data import SAMPLE_SUBJECT
 from training.runs import run_requests
+from training.runs.naming import set_title
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch, RunStatus
 from training.runs.run_log import LOG, ended_by, last_error
+from training.runs.snapshot import ACTIONS
 from training.runs.waiting import QUEUE, Ticket
-from webui.figures import figures, series
-from webui.progress import head, losses
-from webui.run_cards import cards, image_of
-from webui.runs import ACTIONS, RunView, views
+from webui.render import render
+from webui.runs import RunView, series, views
 from webui.screens import judge
-from webui.screens.runs import parts
+from webui.screens.runs import cards, contents
+from webui.screens.train import losses
 from webui.workspace import Workspace
 
 KILLED = "subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGKILL: 9>.\n"
@@ -40,6 +43,10 @@ def workspace(tmp_path):
 
 def view(run):
     return RunView(RunRecord(run.path))
+
+
+def train_state(look):
+    return render("train.html", view=look)
 
 
 @pytest.mark.parametrize("told", ["queued", "starting", "running", "stopped", "failed", "done"])
@@ -143,41 +150,52 @@ def test_a_run_with_malformed_files_does_not_hide_others(workspace, text):
     assert 'data-run="b" aria-pressed="true"' in shown
 
 
-def test_a_run_is_named_after_its_prompt_or_classes(workspace):
+def test_a_run_is_named_after_its_words_or_classes_until_it_has_a_title(workspace):
     run = run_in(workspace.runs / "a", "done")
-    assert view(run).name == PROMPTS[0]
-    (run.path / "options.json").write_text(
-        json.dumps({"target_layers": {}, "data": {"class_names": ["c0=cat", "c1=a=b", "c2=x", "c3=y"]}})
-    )
-    assert view(run).name == "cat, a=b, x and 1 more"
-    (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "data": {"data_dir": "/photos/pets/"}}))
-    assert view(run).name == "pets"
-    (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "data": {"data_dir": None}}))
-    assert view(run).name == "handwritten digits"
-    (run.path / "options.json").unlink()
-    assert view(run).name == "a photo of sks toy"
-    Launch("subject", options={"data": {"instance_prompt": "a" * 99}}).write(run.path)
-    assert len(view(run).name) == 48
-    assert ", NoRA, " in view(run).title
-    assert view(run).title.endswith("(done)")
+    assert view(run).title == "sks toy"
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "data": {"class_names": ["c0=cat", "c1=dog"]}}))
+    assert view(run).title == "cat, dog"
+    set_title(run.path, "My pets")
+    assert view(run).title == "My pets"
+    assert view(run).label.startswith("My pets · ")
+    assert view(run).file_stem(40) == "My-pets-step40"
+
+
+def test_the_face_of_a_run_is_its_first_training_image_from_the_start(workspace, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("no image")
+    run = run_in(workspace.runs / "a", "queued")
+    assert view(run).face == SAMPLE_SUBJECT / "00.jpg"
+    (run.path / "options.json").write_text(json.dumps({"data": {"instance_data_dir": str(tmp_path)}}))
+    assert view(run).face == tmp_path / "b.png"
+    (run.path / "options.json").write_text(json.dumps({"data": {"instance_data_dir": str(tmp_path / "gone")}}))
+    assert view(run).face is None
+    add_samples(run, 0)
+    assert view(run).face == run.subject / "0.png"
+
+
+def test_a_run_without_an_adapter_says_whether_one_will_come(workspace):
+    assert "updates by itself" in view(run_in(workspace.runs / "a")).outlook
+    failed = view(run_in(workspace.runs / "b", "failed", error="InputError: The folder is empty."))
+    assert failed.outlook.startswith("The run ended before its first checkpoint. The folder is empty.")
+    assert "updates" not in failed.outlook
 
 
 def test_the_list_shows_the_values_of_the_files(workspace):
     run = finished_run(workspace.runs / "a")
     step = json.loads((run.path / "suggestion.json").read_text())["step"]
-    found = dict(figures(view(run)))
+    found = dict(view(run).figures)
     assert (found["Method"], found["Steps"], found["Recommended checkpoint"]) == ("NoRA", "100 of 100", str(step))
     assert found["Lowest validation loss"] == "1.000"
-    assert image_of(view(run))[0] == run.samples_at(100) / "0.png"
-    assert view(run).share_done == 1.0
+    assert view(run).share == 1.0
 
 
 def test_a_classifier_shows_its_accuracies_once_there_is_a_report(workspace):
     run = run_in(workspace.runs / "a", "running", step=1, total=3)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "method": {"method": ["zeroshot", "nora"]}}))
-    assert figures(view(run)) == [("Methods", "Zero-shot, NoRA"), ("Trainings", "1 of 3")]
+    assert view(run).figures == [("Methods", "Zero-shot, NoRA"), ("Trainings", "1 of 3")]
     add_report(run, "nora", Interval(0.5, -0.01, 0.61))
-    assert ("NoRA", "50% (0% to 61%)") in figures(view(run))
+    assert ("NoRA", "50% (0% to 61%)") in view(run).figures
 
 
 def test_a_repeated_step_counts_once_and_a_truncated_line_not_at_all(workspace):
@@ -217,7 +235,7 @@ def test_showing_a_run_with_500_logged_points_takes_less_than_50_ms(workspace):
     for place in range(7):
         run.log(501 + place, loss=1.0)
         began = time.process_time()
-        parts(workspace, "a")
+        contents(workspace, "a")
         seconds.append(time.process_time() - began)
     assert median(seconds) < 0.05
 
@@ -228,14 +246,14 @@ def test_the_page_says_that_files_were_written_by_a_newer_version(workspace):
         (run.path / name).write_text(json.dumps({"version": 9}))
     with (run.path / "metrics.jsonl").open("a") as lines:
         lines.write("damaged\n")
-    listed, shown = cards([view(run)], None), head(view(run))
+    listed, shown = cards([view(run)], None), train_state(view(run))
     for name in ("suggestion.json", "launch.json"):
         message = f"{name} has version 9; this version of NoRA Vision reads versions up to "
         assert message in listed
         assert message in shown
     assert "metrics.jsonl has a line that cannot be read" in shown
     assert "metrics.jsonl has a line that cannot be read" in judge.measurements(view(run))
-    assert losses(view(run)) == ""
+    assert not any(plot.lines for plot in losses(view(run)).values())
     assert "suggestion.json has version 9" in judge.recommendation(view(run))
 
 
@@ -244,4 +262,4 @@ def test_a_status_of_a_newer_version_is_the_reason_why_the_state_of_a_run_is_unk
     (run.path / "status.json").write_text(json.dumps({"version": 9, "state": "running"}))
     assert view(run).state == "interrupted"
     assert view(run).reason.startswith("status.json has version 9")
-    assert "status.json has version 9" in head(view(run))
+    assert "status.json has version 9" in train_state(view(run))

@@ -11,10 +11,25 @@ from typing import Any, ClassVar
 
 from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
+from pipelines.methods import title_of as adapter_title
 from pipelines.run_file import RunFile
 
 PROMPT = re.compile(r"an? (?:photo|photograph|picture|image) of (?P<words>.+)", re.IGNORECASE)
 SAMPLE_TITLE, SAMPLE_CLASSES = "sks toy", "handwritten digits"
+ZERO_SHOT, PIXELS, PROBE = "zeroshot", "pixels", "linear_probe"
+# The name of each baseline, and what it does.
+BASELINES = {
+    ZERO_SHOT: ("Zero-shot", "no training, only the class names"),
+    PIXELS: ("Raw pixels", "no model at all (the control)"),
+    PROBE: ("Linear probe", "logistic regression on the image features"),
+    "tip_adapter": ("Tip-Adapter", "compares each image with the cached training images"),
+    "tip_adapter_f": ("Tip-Adapter-F", "Tip-Adapter with a fine-tuned cache"),
+    "clap": ("CLAP", "a linear probe kept close to the zero-shot weights"),
+    "coop": ("CoOp", "learned prompt tokens around the class names"),
+    "clip_adapter": ("CLIP-Adapter", "a small network after the image encoder"),
+    "taskres": ("TaskRes", "a learned offset to the class embeddings"),
+    "gda": ("GDA", "Gaussian discriminant analysis"),
+}
 LONGEST_TITLE, LONGEST_STEM, NAMED_CLASSES = 60, 60, 3
 DEMO_ONLY = "This file fits the demo model of NoRA Vision alone. It does not work with SDXL."
 SDXL = "This file fits SDXL 1.0 and the models that were fine-tuned from it."
@@ -111,3 +126,8 @@ def header_of(title: str, options: Options, step: int, private: bool = False) ->
         "modelspec.trigger_phrase": phrase,
         "ss_sd_model_name": model,
     }
+
+
+def method_name(method: str) -> str:
+    """The display name of an adapter method or a baseline."""
+    return BASELINES[method][0] if method in BASELINES else adapter_title(method)

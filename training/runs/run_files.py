@@ -165,7 +165,6 @@ class Suggestion(RunFile):
         curve: the held-out loss.
         scores: of the samples, by step, 0 being the base model.
         adapter: folder of the recommended step's adapter within the run; None if it was not saved.
-        unmeasured: why the last steps have no validation loss, as a sentence; None if they have, or no step has.
     """
 
     NAME: ClassVar[str] = "suggestion.json"
@@ -178,7 +177,6 @@ class Suggestion(RunFile):
     curve: list[Point] = field(default_factory=list)
     scores: dict[int, StepScores] = field(default_factory=dict)
     adapter: str | None = None
-    unmeasured: str | None = None
 
     @property
     def why(self) -> str:

@@ -28,6 +28,7 @@ import psutil
 
 from pipelines.errors import InputError
 from pipelines.run_file import RunFile
+from training.runs import run_requests
 from training.runs.record import RunRecord, live_process, update_status
 from training.runs.run_files import RunStatus
 
@@ -65,11 +66,11 @@ class Ticket(RunFile):
     path: Path = Path()
 
     @classmethod
-    def take(cls, queue: Path, run: Path) -> Ticket:
-        """Add this process to the end of `queue`."""
+    def take(cls, queue: Path, run: Path, since: float | None = None) -> Ticket:
+        """Add this process to `queue`, behind those that wait longer than since `since`; by default since now."""
         queue.mkdir(parents=True, exist_ok=True)
         process = psutil.Process()
-        path = queue / f"{time.time_ns():020d}-{process.pid}{cls.NAME}"
+        path = queue / f"{round((since or time.time()) * 1e9):020d}-{process.pid}{cls.NAME}"
         ticket = cls(str(run), process.pid, process.create_time(), path)
         ticket.write(queue, path.name)
         return ticket
@@ -141,10 +142,14 @@ def cancellable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def wait_for_turn(run: Path, root: Path, device: str) -> None:
-    """Return when no other run is active on `device`, with its lock held until this process, or the command it becomes, ends."""
+def wait_for_turn(run: Path, root: Path, device: str, since: float | None = None) -> None:
+    """Return when no other run is active on `device`, with its lock held until this process, or the command it becomes, ends.
+
+    Args:
+        since: when it was queued, in seconds since the epoch; None for now.
+    """
     queue = root / device
-    ticket = Ticket.take(queue, run)
+    ticket = Ticket.take(queue, run, since)
     try:
         while _is_behind_another(ticket):
             time.sleep(POLL_SECONDS)
@@ -184,8 +189,12 @@ def main(run: Path, root: Path, command: list[str]) -> None:
     record = RunRecord(run)
     try:
         with cancellable():
+            since = record.status().heartbeat if record.status().pid is None else None
             update_status(record, state="queued", **CLEARED)
-            wait_for_turn(run, root, device_key(dict(os.environ)))
+            if run_requests.was_asked(record, run_requests.STOP):
+                # Before this process had written its id, which a request to stop ends it by.
+                raise Cancelled(signal.SIGTERM.name)
+            wait_for_turn(run, root, device_key(dict(os.environ)), since)
             os.execvp(command[0], command)
     except Cancelled as signalled:
         update_status(record, state="stopped", error=f"Stopped: stopped by {signalled} before its turn")

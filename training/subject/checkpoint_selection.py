@@ -46,18 +46,7 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
     compared = candidate_steps(curve, [each for each in scores if each > 0])
     if len(compared) > 1 and 0 in scores and (_falls_on(curve) or _best(curve).step in compared):
         step, reasons = _by_samples(curve, scores, compared)
-    warnings += _copying(scores)
-    return Suggestion(step, last, reasons, warnings, list(curve), dict(scores), unmeasured=_unmeasured(curve, last))
-
-
-def _unmeasured(curve: Sequence[Point], last: int) -> str | None:
-    """Why the last steps have no held-out loss; None if they have, or nothing was measured."""
-    if not curve or curve[-1].step >= last:
-        return None
-    return (
-        f"No validation loss after step {curve[-1].step}: it was measured by cross-validation, whose short trainings end there, "
-        f"while this training takes {last} steps on all images."
-    )
+    return Suggestion(step, last, reasons, warnings + _copying(scores), list(curve), dict(scores))
 
 
 def candidate_steps(curve: Sequence[Point], steps: Collection[int]) -> list[int]:

@@ -52,7 +52,7 @@ def _of_header(
     ranks = Counter(len(parts["lora_down.weight"]) for parts in layers.values() if "lora_down.weight" in parts)
     rank = str(ranks.most_common(1)[0][0]) if ranks else "none"
     digest = tensor_hash(tensors)
-    base = CUSTOM if any(metadata.get(key) == value for key, value in CUSTOM.items()) else SDXL
+    base = CUSTOM if metadata.items() & CUSTOM.items() else SDXL
     lycoris = any(set(parts) in LYCORIS_PARTS for parts in layers.values())
     expected = {
         "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",

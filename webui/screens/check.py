@@ -18,8 +18,8 @@ from webui.datasets import Dataset
 from webui.draft import TRIGGER, Draft
 from webui.form_schema import validated
 from webui.inference_worker import WORKER
-from webui.progress import phase_title
 from webui.render import TEMPLATES, parts
+from webui.runs import phase_title
 from webui.tasks import SUBJECT, is_measuring, measured
 from webui.workspace import Workspace
 

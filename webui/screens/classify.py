@@ -44,7 +44,7 @@ def build(app: AppContext) -> None:
 
 def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State) -> None:
     """Keep the list of classifiers up to date, and show the classifier that is selected on other screens."""
-    last_elsewhere, refreshed = gr.State(None), app.refresh_triggers["classify"]
+    last_elsewhere, refreshed = gr.State(None), app.refreshes["classify"]
 
     @show_errors
     def renew(elsewhere: str | None, chosen: str | None, before: str | None, request: gr.Request) -> list[Any]:
@@ -56,16 +56,16 @@ def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State)
         part = gr.Tabs(selected="result") if is_opened else gr.skip()
         return [_listed(runs, elsewhere if is_new else chosen), part, elsewhere]
 
-    given, outputs = [app.run, run, last_elsewhere], [run, steps, last_elsewhere]
-    gr.on([app.page.load, refreshed.change], renew, given, outputs, **QUIET)
-    gr.on([refreshed.change, steps.select, run.change], time.time, None, opened, trigger_mode="always_last", **QUIET)
+    given, outputs = [app.class_run, run, last_elsewhere], [run, steps, last_elsewhere]
+    gr.on([app.page.load, refreshed.click], renew, given, outputs, **QUIET)
+    gr.on([refreshed.click, steps.select, run.change], time.time, None, opened, trigger_mode="always_last", **QUIET)
 
 
 def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
     """The dropdown of classifiers, with `chosen` selected if it is one of them, else the newest."""
     ids = [view.id for view in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
-    return gr.Dropdown([(view.title, view.id) for view in runs], value=value, visible=bool(ids))
+    return gr.Dropdown([(view.label, view.id) for view in runs], value=value, visible=bool(ids))
 
 
 def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opened: gr.State) -> None:

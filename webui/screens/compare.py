@@ -11,14 +11,14 @@ import gradio as gr
 from markupsafe import Markup
 
 from pipelines.errors import InputError
+from training.runs.naming import method_name
 from training.subject.measured import Sample, sampled_steps, samples
 from webui.context import QUIET, AppContext, show_errors
-from webui.figures import accuracies, in_percent, method_name, series
 from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.plots import COLOURS, Plot, line_plot, running_mean
 from webui.render import parts, sample_image, thumbnail
-from webui.runs import RunView, views
+from webui.runs import RunView, accuracies, in_percent, series, views
 from webui.screens import judge
 from webui.workspace import Settings, Workspace
 
@@ -60,7 +60,7 @@ def comparable(workspace: Workspace, ids: Sequence[str]) -> list[RunView]:
 
 def comparison(runs: Sequence[RunView]) -> Markup:
     """The letter of each run, images or accuracies, and the options that differ."""
-    legend = parts.facts([(letter, view.title) for letter, view in zip(LETTERS, runs, strict=False)])
+    legend = parts.facts([(letter, view.label) for letter, view in zip(LETTERS, runs, strict=False)])
     return legend + (_accuracies(runs) if runs[0].task == "classify" else _images(runs)) + _differences(runs)
 
 
@@ -173,10 +173,10 @@ def build(context: AppContext) -> None:
 
     @show_errors
     def choices(before: Any, request: gr.Request) -> list[Any]:
-        now = [(view.title, view.id) for view in views(settings.workspace(request))]
+        now = [(view.label, view.id) for view in views(settings.workspace(request))]
         return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
 
-    context.refresh_triggers["runs"].change(choices, sent, [components["chosen"], sent], trigger_mode="always_last", **QUIET)
+    context.refreshes["runs"].click(choices, sent, [components["chosen"], sent], trigger_mode="multiple", **QUIET)
 
     @show_errors
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:

@@ -30,8 +30,7 @@ from webui.context import QUIET, AppContext, LazyUpdate, button, frame, keys, la
 from webui.generation import steps_of
 from webui.plots import COLOURS, MARKED, Plot, line_plot
 from webui.render import enlarged, macros, parts, sample_image
-from webui.runs import RunView
-from webui.screens.train import view_of
+from webui.runs import RunView, view_of
 
 # By title, the columns of each plot and how to read it. The last two columns of the last one are limits.
 PLOTS = {
@@ -221,8 +220,8 @@ def shared_image(view: RunView, step: int, before: Sample, after: Sample) -> str
     """A PNG of both images with prompt, seed and subject, in Gradio's cache."""
     images = [Image.open(enlarged(sample.path)).convert("RGB") for sample in (before, after)]
     labels = ["Before: the base model", f"After: step {step}. Prompt: {after.prompt}. Seed {after.seed}."]
-    name = re.sub(r"\W+", "-", f"{view.name}-step{step}-before-after")
-    return save_pil_to_cache(labelled_grid([(view.name, images)], labels), get_upload_folder(), name=name, format="png")
+    name = re.sub(r"\W+", "-", f"{view.file_stem(step)}-before-after")
+    return save_pil_to_cache(labelled_grid([(view.title, images)], labels), get_upload_folder(), name=name, format="png")
 
 
 def card(view: RunView) -> str:
@@ -265,7 +264,7 @@ def _comparison(view: RunView, chosen: Choices | None) -> dict[str, LazyUpdate]:
         return {"compare": _column(False)}
     (before,), (after,) = images
     step, paths = chosen.step, (before.path, after.path)
-    key = (view.name, *paths, *(path.stat().st_mtime_ns for path in paths))
+    key = (view.title, *paths, *(path.stat().st_mtime_ns for path in paths))
     return {
         "compare": _column(True),
         "compared": text(judge.compared(step, after.prompt, after.seed)),
@@ -303,7 +302,7 @@ def build(context: AppContext) -> None:
         return [gr.Tabs(selected="use"), step, [before.run_id, before.step]]
 
     inputs, updated = [context.run, chosen, seen], [*outputs.values(), chosen, seen]
-    context.refresh_triggers["judge"].change(refresh, inputs, updated, trigger_mode="always_last", **QUIET)
+    context.refreshes["judge"].click(refresh, inputs, updated, trigger_mode="always_last", **QUIET)
     outputs["grid"].click(select, chosen, chosen, **QUIET).then(refresh, inputs, updated, **QUIET)
     outputs["choice"].click(prefer, chosen, chosen, **QUIET).then(refresh, inputs, updated, **QUIET)
     outputs["use"].click(use, chosen, [context.tabs, context.step, context.chosen], api_visibility="private")

@@ -1,4 +1,4 @@
-"""The screen Runs: all runs of the user, the actions on them, and a comparison."""
+"""The screen Runs: all runs of the user, their titles, the actions on them, and a comparison."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from typing import Any
 
 import gradio as gr
 
-from webui import launching, run_cards
-from webui.context import QUIET, AppContext, LazyUpdate, button, keys, show_errors, text, updates
+from training.runs.naming import LONGEST_TITLE, set_title
+from webui import launching
+from webui.context import CHOOSING, QUIET, RELIST, AppContext, LazyUpdate, button, face, keys, show_errors, text, updates
 from webui.draft import Draft
-from webui.runs import Action, RunView, views
+from webui.render import render
+from webui.runs import KINDS, RunView, views
 from webui.screens import compare
-from webui.tasks import CLASSIFY, TASKS, Task
+from webui.tasks import TASKS, Task
 from webui.workspace import Workspace
 
-LABELS: dict[str, str] = {
-    "open": "Open",
-    "resume": "Resume",
-    "stop": "Stop",
-    "duplicate": "Duplicate as new",
-    "delete": "Delete",
-}
+LABELS = {"open": "Open", "resume": "Resume", "stop": "Stop", "duplicate": "Duplicate as new", "delete": "Delete"}
 INTRODUCTION = """<p>All runs, started here, in another browser or in a terminal. Select one to see its actions. One run trains
 at a time; the others wait in the queue.</p>"""
 ELSEWHERE = "The photos of this run are in another folder. Add them again; all other settings were copied."
@@ -30,48 +26,54 @@ ELSEWHERE = "The photos of this run are in another folder. Add them again; all o
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     components = _layout()
+    selected, seen = gr.State(None), gr.State({})
     # The run that the confirmation is about, even if another one is selected meanwhile.
     asked = gr.State(None)
-    seen = gr.State({})
 
     @show_errors
     def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
-        now = parts(context.settings.workspace(request), run_id)
-        return [*updates(now, seen, [name for name in components if name in now]), keys(now)]
+        now = contents(context.settings.workspace(request), run_id)
+        return [*updates(now, seen, now), keys(now)]
 
-    widgets = [components[name] for name in ("list", "chosen", *LABELS)]
-    refreshing = {"fn": refresh, "inputs": [context.run, seen], "outputs": [*widgets, seen], **QUIET}
-    context.refresh_triggers["runs"].change(trigger_mode="always_last", **refreshing)
-
-    @show_errors
-    def reload_runs(run_id: str | None, request: gr.Request) -> list[Any]:
-        return context.show(context.settings.workspace(request), run_id)
-
-    components["refresh"].click(reload_runs, context.run, context.outputs, api_visibility="private").then(**refreshing)
+    listed = [components[name] for name in ("list", "title", *LABELS)]
+    refreshing = {"fn": refresh, "inputs": [selected, seen], "outputs": [*listed, seen], **QUIET}
+    context.refreshes["runs"].click(trigger_mode="always_last", **refreshing)
 
     @show_errors
     def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
-        workspace = context.settings.workspace(request)
         run_id = event._data.get("run")
-        workspace.run(run_id)
+        return [run_id, None, gr.Group(visible=False), *context.show(context.settings.workspace(request), run_id)]
+
+    chosen = components["list"].select(choose, None, [selected, asked, components["confirm"], *context.outputs], **QUIET)
+    chosen.then(**refreshing)
+
+    @show_errors
+    def rename(run_id: str | None, title: str, request: gr.Request) -> list[Any]:
+        workspace = context.settings.workspace(request)
+        if run_id is not None:
+            set_title(workspace.run(run_id).path, title)
         return context.show(workspace, run_id)
 
-    components["list"].select(choose, None, context.outputs, **QUIET).then(**refreshing)
-    for action, handler in _handlers(context).items():
-        outputs = [*context.outputs, context.draft, context.class_draft]
-        inputs = [context.run, *outputs[-2:]] if action == "duplicate" else context.run
-        components[action].click(handler, inputs, outputs, api_visibility="private").then(**refreshing)
-    _wire_deleting(context, components, asked, refreshing)
+    renamed = gr.on([components["title"].submit, components["title"].blur], rename, [selected, components["title"]], **QUIET,
+                    outputs=context.outputs)  # fmt: skip
+    renamed.then(**refreshing).then(None, js=RELIST, **QUIET)
+    outputs = [*context.outputs, context.draft, context.class_draft]
+    for action in ("open", "resume", "stop", "duplicate"):
+        inputs = [selected, context.draft, context.class_draft]
+        acted = components[action].click(_acting(context, action), inputs, outputs, api_visibility="private")
+        acted.then(**refreshing)
+    _wire_deleting(context, components, selected, asked, refreshing)
     compare.build(context)
 
 
 def _layout() -> dict[str, Any]:
     """The screen's components by name."""
     gr.HTML(INTRODUCTION)
-    with gr.Row(elem_classes="buttons"):
-        components: dict[str, Any] = {"refresh": gr.Button("Refresh", size="sm", elem_id="runs-refresh", scale=0, min_width=140)}
-    components["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")
-    components["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
+    components: dict[str, Any] = {"list": gr.HTML(js_on_load=CHOOSING, elem_id="runs-list")}
+    components["title"] = gr.Textbox(
+        label="Title", info="It names the run and its files. Empty it to restore the default.", max_length=LONGEST_TITLE,
+        max_lines=1, visible=False, elem_id="runs-title",
+    )  # fmt: skip
     with gr.Row(elem_classes="buttons"):
         for name, label in LABELS.items():
             width = 200 if name == "duplicate" else 140
@@ -85,48 +87,45 @@ def _layout() -> dict[str, Any]:
     return components
 
 
-def parts(workspace: Workspace, run_id: str | None) -> dict[str, LazyUpdate]:
-    """The list of runs, and the buttons of the selected one."""
+def contents(workspace: Workspace, run_id: str | None) -> dict[str, LazyUpdate]:
+    """The list of runs, and the title and the buttons of the selected one."""
     runs = views(workspace)
     view = next((each for each in runs if each.id == run_id), None)
-    allowed: tuple[Action | str, ...] = () if view is None else ("open", *view.actions)
-    outputs = {"list": text(run_cards.cards(runs, run_id)), "chosen": text("" if view is None else run_cards.heading(view))}
-    return outputs | {name: button(name in allowed) for name in LABELS}
+    allowed = () if view is None else ("open", *view.actions)
+    title = (None, "") if view is None else (view.id, view.title)
+    return {
+        "list": text(cards(runs, run_id)),
+        "title": LazyUpdate(title, lambda: gr.Textbox(value=title[1], visible=view is not None)),
+        **{name: button(name in allowed) for name in LABELS},
+    }
 
 
-def _handlers(context: AppContext) -> dict[str, Callable[..., list[Any]]]:
-    """The handlers of all buttons but Delete; each returns updates of the context's outputs and of both drafts."""
-    drafts = [gr.skip(), gr.skip()]
+def cards(runs: list[RunView], run_id: str | None) -> str:
+    """The list of runs, with the selected one marked."""
+    return render("runs.html", runs=runs, chosen=run_id, face=face, kinds=KINDS)
 
-    @show_errors
-    def open_it(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = context.settings.workspace(request)
-        view = RunView(workspace.run(run_id))
-        subject = "judge" if view.state == "done" else "train"
-        return [*context.show(workspace, run_id, "classify" if view.task == "classify" else subject), *drafts]
 
-    @show_errors
-    def resume(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = context.settings.workspace(request)
-        launching.resume(workspace, run_id)
-        return [*context.show(workspace, run_id), *drafts]
+def _acting(context: AppContext, action: str) -> Callable[..., list[Any]]:
+    """The handler of a button but Delete; it returns updates of the context's outputs and of both drafts."""
 
     @show_errors
-    def stop(run_id: str, request: gr.Request) -> list[Any]:
+    def act(run_id: str | None, subject: object, classes: object, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
-        launching.stop(workspace, run_id)
-        gr.Info("The run stops after the current step and saves a checkpoint.")
-        return [*context.show(workspace, run_id), *drafts]
+        view, drafts, tab = RunView(workspace.run(run_id)), [gr.skip(), gr.skip()], None
+        if action == "open":
+            tab = "classify" if view.task == "classify" else "judge" if view.state == "done" else "train"
+        elif action == "duplicate":
+            options, is_classifier = launching.duplicate(workspace, view.id), view.task == "classify"
+            draft = draft_like(workspace, TASKS[view.task], classes if is_classifier else subject, options)
+            tab, drafts = ("classify", [gr.skip(), draft]) if is_classifier else ("check", [draft, gr.skip()])
+        elif action == "resume":
+            launching.resume(workspace, view.id)
+        else:
+            launching.stop(workspace, view.id)
+            gr.Info("The run stops after the current step and saves a checkpoint.")
+        return [*context.show(workspace, view.id, tab), *drafts]
 
-    @show_errors
-    def duplicate(run_id: str, draft: object, class_draft: object, request: gr.Request) -> list[Any]:
-        workspace = context.settings.workspace(request)
-        task, options = TASKS[RunView(workspace.run(run_id)).task], launching.duplicate(workspace, run_id)
-        if task is CLASSIFY:
-            return [*context.show(workspace, run_id, "classify"), gr.skip(), draft_like(workspace, task, class_draft, options)]
-        return [*context.show(workspace, run_id, "check"), draft_like(workspace, task, draft, options), gr.skip()]
-
-    return {"open": open_it, "resume": resume, "stop": stop, "duplicate": duplicate}
+    return act
 
 
 def draft_like(workspace: Workspace, task: Task, stored: object, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -138,26 +137,23 @@ def draft_like(workspace: Workspace, task: Task, stored: object, options: dict[s
     return task.like(workspace, Draft.from_browser(stored), options, set_id).to_browser()
 
 
-def _wire_deleting(context: AppContext, components: dict[str, Any], asked: gr.State, refreshing: dict[str, Any]) -> None:
+def _wire_deleting(
+    context: AppContext, components: dict[str, Any], selected: gr.State, asked: gr.State, refreshing: dict[str, Any]
+) -> None:
     confirm, question = components["confirm"], components["question"]
 
     @show_errors
-    def ask_first(run_id: str, request: gr.Request) -> tuple[Any, ...]:
+    def ask_first(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
         view = RunView(context.settings.workspace(request).run(run_id))
-        return view.id, gr.Group(visible=True), run_cards.question(view)
+        return view.id, gr.Group(visible=True), render("runs_question.html", run=view)
 
     @show_errors
     def delete(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
         workspace = context.settings.workspace(request)
         launching.delete(workspace, run_id)
-        return (None, gr.Group(visible=False), *context.show(workspace))
+        return (None, None, gr.Group(visible=False), *context.show(workspace))
 
-    components["delete"].click(ask_first, context.run, [asked, confirm, question], api_visibility="private")
-    components["yes"].click(delete, asked, [asked, confirm, *context.outputs], api_visibility="private").then(**refreshing)
+    components["delete"].click(ask_first, selected, [asked, confirm, question], api_visibility="private")
+    outputs = [selected, asked, confirm, *context.outputs]
+    components["yes"].click(delete, asked, outputs, api_visibility="private").then(**refreshing)
     components["no"].click(lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
-    context.picked.change(_only_about, [asked, context.run], [asked, confirm], **QUIET)
-
-
-def _only_about(asked: str | None, run_id: str | None) -> tuple[Any, Any]:
-    """Hide the confirmation when another run is selected."""
-    return (gr.skip(), gr.skip()) if asked in (None, run_id) else (None, gr.Group(visible=False))

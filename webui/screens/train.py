@@ -2,196 +2,190 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Hashable
+from math import ceil
 from typing import Any
 
 import gradio as gr
 
-from pipelines.errors import InputError
-from training.subject.measured import Sample, newest_sheet, sampled_steps, samples, subject_images
-from webui import launching, progress
+from training.runs.record import RunRecord
+from training.runs.run_files import CROSS_VALIDATION, FOLDS, GB, DryRunReport, ImageChecks
+from training.runs.run_log import log_tail
+from training.subject.measured import heldout_curve, newest_sheet, sampled_steps, samples, subject_images
+from webui import launching
 from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
-from webui.photo_account import photo_account
-from webui.render import sample_image, thumbnail
-from webui.runs import RunView
-from webui.workspace import Workspace
+from webui.plots import PALE, Plot, line_plot, running_mean, value_tables
+from webui.render import render, sample_image, thumbnail
+from webui.runs import RunView, duration, view_of
 
-EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, review them under Check, and press
-Train there. The progress then appears here.</p></div>"""
-WAITING = """<div class="empty"><p>Sample images appear here: first from the base model, then at regular intervals during
-training.</p></div>"""
-YOURS = "one of your photos"
 ASKED = {
     "stop": "The run stops after the current step and saves a checkpoint.",
     "sample": "Sample images are generated after the current step.",
     "save": "A checkpoint is saved after the current step.",
 }
-JUDGE = "Judge the result"
-BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume"}
+BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume", "next": "Judge the result"}
+# The screen with the result of a run, and the words on the button that opens it.
+RESULTS = {"subject": ("judge", "Judge the result"), "classify": ("classify", "See the classifier")}
+# The title, the series and how to read it, of each plot.
+STEPS, MEAN = "each step", "running mean"
+PLOTS = {
+    "loss": ("Training loss", (STEPS, MEAN), "Lower is better. Single steps vary much; the mean shows the trend."),
+    "heldout": ("Validation loss", ("validation loss",), "Measured on photos that are not trained on. Lower is better."),
+    "rate": ("Learning rate", ("learning rate",), ""),
+}
+TEXTS = ("values", "facts", "samples", "log")
+# The running mean of the loss covers this share of the steps, and at least so many.
+SMOOTHED, LEAST_SMOOTHED = 1 / 16, 5
+SHEET_SIDE = 1024
 
 
-def parts(view: RunView | None, log_open: bool = False) -> dict[str, LazyUpdate]:
+def contents(view: RunView | None, log_open: bool = False) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs."""
+    state = {"state": text(render("train.html", view=view)), "log_frame": frame(view is not None)}
     if view is None:
-        outputs = {name: text("") for name in ("head", "bar", "loss", "cost", "photos", "samples", "log")}
-        hidden = {name: button(False) for name in (*BUTTONS, "next")}
-        return {"empty": text(EMPTY), **outputs, **hidden, "log_frame": frame(False)}
+        plots = {name: Plot(title, {}, (0.0, 1.0)).update() for name, (title, *_) in PLOTS.items()}
+        return state | {name: button(False) for name in BUTTONS} | plots | {name: text("") for name in TEXTS}
+    actions = (*view.actions, *(("next",) if view.state == "done" else ()))
+    plots = losses(view)
     return {
-        "empty": text(""),
-        "head": text(progress.head(view)),
-        "bar": text(progress.bar(view)),
-        **{name: button(name in view.actions) for name in BUTTONS},
-        "next": _next(view),
-        "loss": text(progress.losses(view)),
-        "cost": text(progress.cost(view.record)),
-        "photos": text(photo_account(view)),
-        "samples": _samples(view),
-        "log_frame": frame(True),
-        "log": text(f'<pre class="log">{html.escape(launching.log_tail(view.record))}</pre>' if log_open else ""),
+        **state,
+        **{name: button(name in actions) for name in BUTTONS},
+        "next": button("next" in actions, RESULTS[view.task][1]),
+        **{name: plot.update() for name, plot in plots.items()},
+        "values": text(value_tables([*plots.values()])),
+        "facts": text(render("train_facts.html", costs=costs(view), notes=notes(view))),
+        "samples": sample_images(view),
+        "log": text(render("log.html", log=log_tail(view.record)) if log_open else ""),
     }
 
 
-def _next(view: RunView) -> LazyUpdate:
-    """The button that opens the screen with the results."""
-    label = "See the classifier" if view.task == "classify" else JUDGE
-    return button(view.state == "done", label)
+def current_part(view: RunView) -> RunRecord:
+    """The record whose losses are plotted: the current fold of cross-validation or trial of an experiment, else the run."""
+    status, folder = view.status, view.record.path
+    in_fold = status.phase == CROSS_VALIDATION and status.fold is not None
+    part = folder / (f"{FOLDS}/{status.fold - 1}" if in_fold else str(status.trial or ""))
+    return RunRecord(part) if part.resolve().is_relative_to(folder.resolve()) else view.record
 
 
-def _samples(view: RunView) -> LazyUpdate:
+def losses(view: RunView) -> dict[str, Plot]:
+    """The training loss with its running mean, the validation loss and the learning rate, by the names of `PLOTS`."""
+    part = RunView(current_part(view))
+    lines, curve = ([], []) if part.metrics_error is not None else (part.metrics, heldout_curve(part.record))
+    points = [(float(line.step), line.values["loss"]) for line in lines if "loss" in line.values]
+    rates = [(float(line.step), line.values["lr"]) for line in lines if "lr" in line.values]
+    heldout = [(float(point.step), point.heldout) for point in curve]
+    mean = running_mean(points, max(LEAST_SMOOTHED, ceil(len(points) * SMOOTHED)))
+    last = max((x for x, _ in [*points, *heldout]), default=0.0)
+    x_range = (0.0, float(part.status.total or last))
+    lines_of = {"loss": (points, mean), "heldout": (heldout,), "rate": (rates,)}
+    return {
+        name: Plot(title, dict(zip(series, lines_of[name], strict=True)), x_range) for name, (title, series, _) in PLOTS.items()
+    }
+
+
+def costs(view: RunView) -> list[tuple[str, str]]:
+    """The measurements of the dry run; empty before it."""
+    report, left_out = view.read_file(DryRunReport), view.status.expected_left_out
+    if report is None:
+        return []
+    facts = [
+        ("time", f"{report.seconds_per_step:.2g} s a step, about {duration(report.seconds)} for all"),
+        ("memory", f"{report.peak_memory / GB:.1f} GB peak"),
+        ("disk", f"up to {report.disk / 1e6:,.0f} MB while training"),
+        ("parameters", f"{report.num_trainable_parameters:,} trainable"),
+    ]
+    expected = f"approximate: about {left_out or 0:.0%} of the weight change is expected to be left out"
+    return facts + ([("export as LoRA", expected)] if left_out else [])
+
+
+def notes(view: RunView) -> list[str]:
+    """The unused files in the run's folders, and the prompts that were truncated."""
+    checks = view.read_file(ImageChecks) or ImageChecks()
+    accounts = [account for account in (checks.folder, checks.class_folder) if account is not None]
+    sentences = [sentence for account in accounts for sentence in (*account.warnings(), *account.infos())]
+    return sentences + [prompt["summary"] for prompt in checks.long_prompts]
+
+
+def sample_images(view: RunView) -> LazyUpdate:
     """The sample images, newest step first, and the training photos."""
-    record = view.record
-    changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record)]
-    sheet = None if changed else newest_sheet(record)
-    key = (record.path, *changed, sheet, view.task, view.is_active)
-    if changed:
-        return lazy_text(key, lambda: _sections(view))
-    return lazy_text(key, lambda: _waiting(view) if sheet is None else _sheet(thumbnail(sheet, 1024)))
+    record, steps = view.record, sampled_steps(view.record)[::-1]
+    changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in steps]
+    sheet = None if steps else newest_sheet(record)
 
+    def make() -> str:
+        groups = [(f"After step {step}" if step else "Before training", samples(record, step)) for step in steps]
+        photos, single = subject_images(record), None if sheet is None else thumbnail(sheet, SHEET_SIDE)
+        values = {"groups": groups, "photos": photos, "sheet": single, "waits": view.is_active, "image": sample_image}
+        return render("train_samples.html", **values)
 
-def _sections(view: RunView) -> str:
-    newest, *older = sampled_steps(view.record)[::-1]
-    rows = [f"<h3>{_of_step(newest)}</h3>{_grid(samples(view.record, newest), 'large')}"]
-    rows += [f"<h4>{_of_step(step)}</h4>{_grid(samples(view.record, step))}" for step in older]
-    photos = subject_images(view.record)
-    rows += [f"<h4>Your photos, as the model sees them</h4>{_grid(photos)}"] if photos else []
-    return f"<section aria-label='sample images'>{''.join(rows)}</section>"
-
-
-def _of_step(step: int) -> str:
-    return f"After step {step}" if step else "Before training"
-
-
-def _grid(images: list[Sample], css: str = "") -> str:
-    cells = "".join(
-        f"<figure>{sample_image(each, each.prompt or YOURS)}"
-        f"{f'<figcaption>{html.escape(each.prompt)}</figcaption>' if css else ''}</figure>"
-        for each in images
-    )
-    return f'<div class="pictures {css}">{cells}</div>'
-
-
-def _sheet(source: str) -> str:
-    return f'<div class="scroll"><img src="{source}" alt="sample images"></div>'
-
-
-def _waiting(view: RunView) -> str:
-    if view.task == "classify" or not view.is_active:
-        return ""
-    return WAITING
-
-
-def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
-    """The selected run; None if there is none, or it was deleted."""
-    try:
-        return RunView(workspace.run(run_id)) if run_id else None
-    except InputError:
-        return None
+    return lazy_text((record.path, *changed, sheet, view.is_active), make)
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    outputs = _layout()
+    components = _layout()
     seen, log_open = gr.State({}), gr.State(False)
 
     @show_errors
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
-        view = view_of(context.settings.workspace(request), run_id)
-        now = parts(view, log_open)
-        return [*updates(now, seen, outputs), keys(now)]
+        now = contents(view_of(context.settings.workspace(request), run_id), log_open)
+        return [*updates(now, seen, components), keys(now)]
 
     refreshing = {
         "fn": refresh,
-        "inputs": [context.run, seen, log_open],
-        "outputs": [*outputs.values(), seen],
+        "inputs": [context.train_run, seen, log_open],
+        "outputs": [*components.values(), seen],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    context.refresh_triggers["train"].change(trigger_mode="always_last", **refreshing)
-    outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**refreshing)
-    outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
-    _wire_buttons(context, outputs, refreshing)
-
-
-def _wire_buttons(context: AppContext, buttons: dict[str, Any], refreshing: dict[str, Any]) -> None:
-    """Attach the buttons; each refreshes the screen afterwards.
-
-    Args:
-        buttons: the screen's components by name.
-        refreshing: the arguments of the listener that refreshes.
-    """
-    for action in ("stop", "sample", "save"):
-        buttons[action].click(_asking(context, action), context.run, api_visibility="private").then(**refreshing)
+    context.refreshes["train"].click(trigger_mode="always_last", **refreshing)
+    components["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**refreshing)
+    components["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
+    for action in ("stop", "sample", "save", "resume"):
+        components[action].click(_acting(context, action), context.train_run, context.outputs, api_visibility="private").then(
+            **refreshing
+        )
 
     @show_errors
-    def resume(run_id: str, request: gr.Request) -> list[dict[str, object]]:
+    def open_result(run_id: str, request: gr.Request) -> list[Any]:
+        view = RunView(context.settings.workspace(request).run(run_id))
+        return context.show(context.settings.workspace(request), run_id, RESULTS[view.task][0])
+
+    components["next"].click(open_result, context.train_run, context.outputs, api_visibility="private")
+
+
+def _acting(context: AppContext, action: str) -> Callable[[str, gr.Request], list[Any]]:
+    """The handler of a button that acts on the run."""
+
+    @show_errors
+    def act(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
-        launching.resume(workspace, run_id)
+        if action in ("stop", "resume"):
+            getattr(launching, action)(workspace, run_id)
+        else:
+            launching.ask(workspace, run_id, action)
+        if action in ASKED:
+            gr.Info(ASKED[action])
         return context.show(workspace, run_id)
 
-    buttons["resume"].click(resume, context.run, context.outputs, api_visibility="private").then(**refreshing)
-
-    @show_errors
-    def open_results(run_id: str, request: gr.Request) -> gr.Tabs:
-        view = view_of(context.settings.workspace(request), run_id)
-        return gr.Tabs(selected="classify" if view is not None and view.task == "classify" else "judge")
-
-    buttons["next"].click(open_results, context.run, context.tabs, api_visibility="private")
+    return act
 
 
 def _layout() -> dict[str, Any]:
     """The screen's components by name."""
-    components: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="train-empty")}
-    components["head"] = gr.HTML(visible=False, elem_id="train-phase")
-    components["bar"] = gr.HTML(visible=False, elem_id="train-bar")
+    components: dict[str, Any] = {"state": gr.HTML(elem_id="train-state")}
     with gr.Row(elem_classes="buttons"):
         for name, label in BUTTONS.items():
-            variant = {"stop": "stop", "resume": "primary"}.get(name, "secondary")
-            components[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=140, scale=0)
-        components["next"] = gr.Button(JUDGE, variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
+            variant = {"stop": "stop", "resume": "primary", "next": "primary"}.get(name, "secondary")
+            components[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=180, scale=0)
     with gr.Row():
         with gr.Column(min_width=320):
-            components["loss"] = gr.HTML(visible=False, elem_id="train-loss")
-            components["cost"] = gr.HTML(visible=False, elem_id="train-cost")
-            components["photos"] = gr.HTML(visible=False, elem_id="train-photos")
+            for name, (title, series, hint) in PLOTS.items():
+                components[name] = line_plot(title, series, hint, {STEPS: PALE}, elem_id=f"train-{name}")
+            components["values"] = gr.HTML(visible=False)
+            components["facts"] = gr.HTML(visible=False, elem_id="train-facts")
         with gr.Column(min_width=320):
             components["samples"] = gr.HTML(visible=False, elem_id="train-samples")
-    components["log_frame"] = gr.Accordion("Log", open=False, visible=False, elem_id="train-log")
-    with components["log_frame"]:
+    with gr.Accordion("Log", open=False, visible=False, elem_id="train-log") as components["log_frame"]:
         components["log"] = gr.HTML(visible=False)
     return components
-
-
-def _asking(context: AppContext, action: str) -> Callable[[str, gr.Request], None]:
-    """The handler of a button that sends the run a request."""
-
-    @show_errors
-    def ask(run_id: str, request: gr.Request) -> None:
-        workspace = context.settings.workspace(request)
-        if action == "stop":
-            launching.stop(workspace, run_id)
-        else:
-            launching.ask(workspace, run_id, action)
-        gr.Info(ASKED[action])
-
-    return ask

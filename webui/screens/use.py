@@ -39,8 +39,7 @@ from webui.generation import (
 )
 from webui.inference_worker import WORKER
 from webui.render import TEMPLATES, parts
-from webui.runs import RunView
-from webui.screens.train import view_of
+from webui.runs import RunView, view_of
 from webui.screens.use_results import ALL, Files, Gallery, gallery_of
 from webui.workspace import Workspace
 
@@ -176,7 +175,7 @@ class _Use:
     def _wire_run(self) -> None:
         context, outputs = self.context, self._run_outputs()
         # Judge selects a step for this screen before it is opened.
-        for event in (context.page.load, context.picked.change, context.refresh_triggers["use"].change):
+        for event in (context.page.load, context.run.change, context.refreshes["use"].click):
             event(self.refresh, [context.run, self.seen, context.chosen], outputs, **QUIET)
         context.step.input(lambda run_id, step: [run_id, step], [context.run, context.step], context.chosen, **QUIET)
         self.suggestions.click(lambda sample: sample[0], self.suggestions, self.fields["prompt"], **QUIET)
@@ -223,7 +222,7 @@ class _Use:
         choices = [("none", ""), *others(workspace, view.id)]
         hint = f"Describe the image; your subject is called {default_title(view.options, view.task)}. Enter generates."
         return {
-            self.fields["prompt"]: gr.Textbox(value=f"{view.name} in the snow", info=hint),
+            self.fields["prompt"]: gr.Textbox(value=f"{view.prompt} in the snow", info=hint),
             self.suggestions: gr.Dataset(samples=[[each] for each in prompts]),
             self.fields["size"]: gr.Dropdown(choices=[DEFAULT, *sizes], value=DEFAULT),
             **{slot[0]: gr.Dropdown(choices=choices, value="") for slot in self.slots[1:]},

@@ -198,7 +198,7 @@ class Files:
         def save(request: gr.Request, layout: Layout, run_id: str, step: int, prompt: str, *values: Any) -> list[Any]:
             workspace = self.context.settings.workspace(request)
             view = RunView(workspace.run(run_id))
-            wanted = request_of(workspace, run_id, step, (prompt or "").strip() or view.name, *values)
+            wanted = request_of(workspace, run_id, step, (prompt or "").strip() or view.prompt, *values)
             stem = file_stem(title_of(view.record.path, view.options, view.task), step)
             with tempfile.TemporaryDirectory() as folder:
                 path = _created(
