@@ -17,15 +17,7 @@ from PIL import Image
 from pipelines.images import labelled_grid
 from training.runs.preferences import Preference, Preferences
 from training.runs.run_files import COPY_THRESHOLD, FOLDS, Suggestion
-from training.subject.measured import (
-    Sample,
-    heldout_curve,
-    sample_scores,
-    sampled_steps,
-    samples,
-    saved_steps,
-    subject_images,
-)
+from training.subject.measured import Sample, heldout_curve, sample_scores, sampled_steps, samples, saved_steps, subject_images
 from webui.context import QUIET, AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
 from webui.generation import steps_of
 from webui.plots import COLOURS, MARKED, Plot, line_plot
@@ -114,12 +106,7 @@ def recommendation(view: RunView) -> Markup:
         return judge.recommendation(suggestion.step, suggestion.last, suggestion.reasons, suggestion.warnings)
     if error := view.file_error(Suggestion):
         return parts.warning(error)
-    measured = bool(sampled_steps(view.record))
-    if view.is_active:
-        results = "The results so far are below." if measured else "Images and scores of each step appear here, side by side."
-        return parts.empty("A step is recommended when training is done.", results)
-    results = "The results up to that point are below." if measured else "Nothing was measured before it ended."
-    return parts.empty("Training did not finish, so no step is recommended.", results)
+    return judge.no_recommendation(view.is_active, bool(sampled_steps(view.record)))
 
 
 def grid(view: RunView, chosen: Choices | None) -> Markup:
