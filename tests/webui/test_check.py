@@ -69,7 +69,9 @@ def command(page, wanted):
 
 
 def type_into(page, box, text):
-    page.locator(f"{box} input, {box} textarea, input{box}").first.fill(text)
+    widget = page.locator(f"{box} input, {box} textarea, input{box}").first
+    widget.fill(text)
+    widget.blur()
 
 
 def open_check(page):
