@@ -40,6 +40,7 @@ MAX_IMAGES_KEPT = 200
 AGAIN = ("prompt", "negative_prompt", "seed", "guidance_scale")
 # The leading dot keeps it from being the id of a dataset.
 FOLDER = ".drawn"
+FAVOURITE = ".favourite"
 NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
 
 
@@ -193,26 +194,22 @@ class GeneratedImages:
 
 
 def is_favourite(path: Path) -> bool:
-    """Whether an image is one of the user's favourites."""
-    return _mark(path).exists()
+    """Whether an image is one of the user's favourites, for which a file beside it stands."""
+    return path.with_suffix(FAVOURITE).exists()
 
 
-def set_favourite(path: Path, is_one: bool) -> None:
-    """Make an image a favourite, or not."""
-    if is_one:
-        _mark(path).touch()
+def toggle_favourite(path: Path) -> None:
+    """Make an image a favourite, or no longer."""
+    if is_favourite(path):
+        path.with_suffix(FAVOURITE).unlink(missing_ok=True)
     else:
-        _mark(path).unlink(missing_ok=True)
+        path.with_suffix(FAVOURITE).touch()
 
 
 def delete_image(path: Path) -> None:
     """Delete an image."""
-    set_favourite(path, False)
-    path.unlink(missing_ok=True)
-
-
-def _mark(path: Path) -> Path:
-    return path.with_suffix(".favourite")
+    for each in (path.with_suffix(FAVOURITE), path):
+        each.unlink(missing_ok=True)
 
 
 def settings_of(path: Path) -> tuple[dict[str, Any], int]:

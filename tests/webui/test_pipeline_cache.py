@@ -24,7 +24,16 @@ from pipelines.subject.generation_request import (
     ScaledAdapter,
 )
 from pipelines.subject.pipeline_cache import MAX_MODELS, PipelineCache
-from webui.generation import MAX_IMAGES_KEPT, GeneratedImages, find_adapter, others, request_for, steps_of
+from webui.generation import (
+    MAX_IMAGES_KEPT,
+    GeneratedImages,
+    delete_image,
+    find_adapter,
+    others,
+    request_for,
+    steps_of,
+    toggle_favourite,
+)
 from webui.workspace import Workspace
 
 
@@ -148,6 +157,18 @@ def test_a_merged_file_gives_the_same_images_in_stock_diffusers(cache, workspace
     assert apart(one(cache, asked(workspace, "first@4", scales=[0.0])), expected) > 4
 
 
+def test_the_scale_of_a_dora_comes_with_a_warning(cache, workspace):
+    def warnings(reference, scale):
+        return [each for event in events_of(cache, asked(workspace, reference, scales=[scale])) for each in event_warnings(event)]
+
+    def event_warnings(event):
+        return event.warnings if isinstance(event, GenerationProgress) else ()
+
+    (warning,) = warnings("third-dora@4", 0.5)
+    assert "a star, step 4: It has trained norms of rows, which have no scale: at 0.5" in warning
+    assert warnings("third-dora@4", 1.0) == warnings("first@4", 0.5) == []
+
+
 def test_a_dora_cannot_be_merged(cache, workspace, tmp_path):
     with pytest.raises(InputError, match=r"cannot be merged.*has a DoRA, which cannot be added.*Leave the DoRA out"):
         cache.merge(asked(workspace, "first@4", "third-dora@4"), tmp_path / "mix.safetensors", "diffusers")
@@ -269,7 +290,14 @@ def test_generated_images_contain_their_settings_and_only_the_newest_are_kept(ca
         kept.add(made.image, made.settings)
     assert len(kept.newest()) == MAX_IMAGES_KEPT
     assert path not in kept.newest()
-    for name in ("../x.png", path.name, "", None):
+    favourite = kept.newest()[-1]
+    toggle_favourite(favourite)
+    kept.add(made.image, made.settings)
+    kept.add(made.image, made.settings)
+    assert kept.newest(only_favourites=True) == [favourite]
+    delete_image(favourite)
+    assert kept.newest(only_favourites=True) == []
+    for name in ("../x.png", path.name, favourite.name, "", None):
         with pytest.raises(InputError, match=r"no longer exists"):
             kept.find(name)
 

@@ -27,10 +27,10 @@ from webui.generation import (
     delete_image,
     is_favourite,
     layouts_of,
-    set_favourite,
     settings_of,
     size_in,
     size_text,
+    toggle_favourite,
 )
 from webui.inference_worker import WORKER
 from webui.render import CRISP_SIDE, TEMPLATES, in_cache, parts
@@ -104,7 +104,7 @@ class Gallery:
     def _mark(self, name: str, which: str, request: gr.Request) -> list[Any]:
         workspace = self.context.settings.workspace(request)
         path = GeneratedImages.of(workspace).find(name)
-        set_favourite(path, not is_favourite(path))
+        toggle_favourite(path)
         return [*gallery_of(workspace, which == FAVOURITES), _favourite_button(path)]
 
     @show_errors
@@ -117,19 +117,22 @@ class Gallery:
 def gallery_of(workspace: Workspace, only_favourites: bool) -> list[Any]:
     """Updates of the gallery, with the user's newest images and their settings as captions, and of the hint below it."""
     images = GeneratedImages.of(workspace).newest(only_favourites)[:GALLERY_SIZE]
-    items = [(in_cache(path), _caption(path, path.stat().st_mtime_ns), is_favourite(path)) for path in images]
-    value = [(cached, f"★ {caption}" if favourite else caption) for cached, (caption, _), favourite in items]
-    classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for _, (_, side), _ in items) else [])]
-    empty = NO_FAVOURITES if only_favourites else NO_IMAGES
-    return [gr.Gallery(value=value, visible=bool(items), elem_classes=classes, selected_index=None), HINT if items else empty]
+    items = [_item(path, path.stat().st_mtime_ns, is_favourite(path)) for path in images]
+    if any(not Path(cached).exists() for cached, *_ in items):
+        _item.cache_clear()
+        return gallery_of(workspace, only_favourites)
+    value = [(cached, caption) for cached, caption, _ in items]
+    classes = ["captioned", *["pixel"] * all(side <= CRISP_SIDE for *_, side in items)]
+    gallery = gr.Gallery(value=value, visible=bool(items), elem_classes=classes, selected_index=None)
+    return [gallery, HINT if items else NO_FAVOURITES if only_favourites else NO_IMAGES]
 
 
 @functools.lru_cache(maxsize=4096)
-def _caption(path: Path, changed: int) -> tuple[str, int]:
-    """An image's settings in one line, and its width in pixels."""
+def _item(path: Path, changed: int, favourite: bool) -> tuple[str, str, int]:
+    """The cached copy of an image, its settings in one line, and its width in pixels."""
     settings, side = settings_of(path)
     used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings.get("adapters", [])) or "base model"
-    return f"{settings['prompt']}; {used}; seed {settings['seed']}", side
+    return in_cache(path), f"{'★ ' * favourite}{settings['prompt']}; {used}; seed {settings['seed']}", side
 
 
 def _details(settings: dict[str, Any]) -> str:
