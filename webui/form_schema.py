@@ -88,7 +88,7 @@ LABELS = {
     "gradient_accumulation_steps": "Gradient accumulation", "gradient_checkpointing": "Gradient checkpointing",
     "heldout_image": "Held-out image", "heldout_steps": "Measure the validation loss every", "hub_model_id": "Hub repository",
     "image_scorer": "Image scorer", "init_r": "Initial rank", "iterations_per_shot": "Steps per training image of a class",
-    "layers": "Attention layers", "learning_rate": "Learning rate", "lora_rank": "Rank", "lr_num_cycles": "Restarts",
+    "inner_init": "Inner initialisation", "layers": "Attention layers", "learning_rate": "Learning rate", "lr_num_cycles": "Restarts",
     "lr_power": "Power of the schedule", "lr_scheduler": "Learning rate schedule", "lr_warmup_steps": "Warm-up",
     "max_grad_norm": "Gradient clipping", "max_train_steps": "Training steps", "memory_fallback": "Fit into memory automatically",
     "memory_limit_gb": "Memory limit", "method": "Adapter method", "min_train_steps": "Minimum training steps",

@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from training.options.values import Values, default_of, groups, merged, without
 from webui.context import QUIET, AppContext, show_errors
 from webui.draft import Draft
-from webui.form_schema import GROUP_TITLES, METHOD, form_fields, label_of, method_summary, typed, validated, written
+from webui.form_schema import GROUP_TITLES, METHOD, form_fields, method_summary, typed, validated, written
 from webui.render import TEMPLATES, parts, render
 from webui.tasks import Task
 from webui.workspace import Workspace
@@ -138,7 +138,8 @@ def build_settings(task: Task, draft: gr.BrowserState, is_local: bool, prefix: s
 def settings_updates(task: Task, workspace: Workspace, draft: Draft) -> tuple[Any, ...]:
     """The updates of the components of `build_settings`."""
     preset, num_images = task.preset(task.settings(workspace, draft)), task.num_images(workspace, task.key(workspace, draft))
-    values = [(f"{label_of(each.field)} {written(each.value)}", each.reason) for each in preset.of(num_images)]
+    labels = {field.name: field.label for fields in form_fields(task.name, workspace.is_local).values() for field in fields}
+    values = [(f"{labels[each.field]} {written(each.value)}", each.reason) for each in preset.of(num_images)]
     try:
         command = task.command(workspace, draft)
     except InputError as error:
