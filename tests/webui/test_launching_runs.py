@@ -19,6 +19,7 @@ from training.runs.run_files import Launch
 from training.runs.run_log import LOG, last_error, log_tail
 from webui import launching
 from webui.form_schema import validated
+from webui.inference_worker import WORKER
 from webui.runs import RunView
 from webui.workspace import Workspace
 
@@ -54,10 +55,13 @@ def end(workspace, run_id):
     wait_for(lambda: state(workspace, run_id) == "done")
 
 
-def test_a_run_starts_the_displayed_command(workspace):
+def test_a_run_starts_the_displayed_command_after_the_worker_was_asked_to_free_the_gpu(workspace, monkeypatch):
+    freed = []
+    monkeypatch.setattr(WORKER, "free_gpu", lambda: freed.append(True))
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     path = workspace.run(run_id).path
+    assert freed == [True]
     launch = Launch.read(path)
     words = f"accelerate launch training/dreambooth_nora.py --max_train_steps 8 --rank 4 --inner_r 2 --output_dir {path}"
     assert launching.shown_command(launch.command) == words
