@@ -1,5 +1,8 @@
 """The draft of a run, the order of its photos, their image checks, and their cards."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -7,11 +10,12 @@ from PIL import Image, ImageFilter
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_images
 from training.options import DataOptions, ModelOptions, OutputOptions, SubjectOptions
+from webui import machine
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft
 from webui.inference_jobs import checked_images, long_prompts_of
 from webui.render import escaped
-from webui.screens.photos import cards
+from webui.screens.photos import cards, first_screen
 from webui.uploads import add_crop, add_images
 from webui.workspace import Workspace
 
@@ -171,3 +175,34 @@ def test_a_photo_unlike_the_others_is_reported_and_photos_of_one_subject_are_not
     verdicts = checked_images(dataset).images
     unlike = [file for file, one in verdicts.items() if any("looks unlike the other images" in words for words in one.sentences)]
     assert unlike == [dataset.photos()[-1].file]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("echo 'NVIDIA A10, 24576'", ("NVIDIA A10", 25.769803776)),
+        ("echo 'No devices were found'", None),
+        ("echo 'driver mismatch' >&2; exit 9", None),
+        ("true", None),
+    ],
+)
+def test_the_gpu_is_named_by_the_driver_and_a_driver_without_a_device_is_none(tmp_path, monkeypatch, answer, expected):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    machine.gpu.cache_clear()
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    assert machine.gpu() == expected
+    machine.gpu.cache_clear()
+
+
+def test_the_first_screen_shows_cells_of_the_bundled_run_without_their_labels():
+    images = first_screen()["images"]
+    assert len(images) == 3
+    for address, *_ in images:
+        with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as opened:
+            pixels = np.asarray(opened.convert("L"), dtype=float)
+        # The sheet's margins between the cells are plain white rows and columns.
+        middle = len(pixels) // 2
+        for lines in (pixels, pixels.T):
+            assert all(line.std() > 1 or line.mean() < 250 for line in (lines[0], lines[middle - 1], lines[middle], lines[-1]))
