@@ -191,17 +191,13 @@ def correct_one(page):
 
 def shorten(page):
     """Set a few steps in the expert panel."""
-    page.locator("#classify-command-shown > button").click()
     page.locator("#classify-panel > summary").click()
     page.locator("#classify-panel-optimisation > summary").click(timeout=SOON)
-    quiet(page)
     for name, number in (("iterations_per_shot", 1), ("min_train_steps", STEPS)):
         box = page.locator(f"#classify-optimisation-{name}")
         box.fill(str(number))
         box.blur()
         expect(page.locator("#classify-command")).to_contain_text(f"--{name} {number}", timeout=SOON)
-        # A pending response would overwrite what is typed.
-        quiet(page)
 
 
 def part_of(run, *parts):

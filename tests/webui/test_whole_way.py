@@ -24,13 +24,6 @@ STEPS = 6
 ONE_CLICK, SCREENSHOTS = bool(os.environ.get("ONE_CLICK")), bool(os.environ.get("SCREENSHOTS"))
 # The heights of the images in README and docs, in pixels: each ends below a complete block.
 TALLEST = {"photos": 1400, "check": 1400, "train": 1400, "judge": 1560, "use": 1345, "runs": 1215, "classify": 1500}
-# Shows the command with another name for a folder; a copy, since the editor restores its own text.
-RENAME_FOLDER = """([folder, name]) => {
-    const editor = document.querySelector("#check-command .cm-editor"), copy = editor.cloneNode(true);
-    copy.innerHTML = copy.innerHTML.replaceAll(folder, name);
-    editor.replaceWith(copy);
-    window.showEditor = () => copy.replaceWith(editor);
-}"""
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
 
 
@@ -55,13 +48,13 @@ def opened(new_page, server, **how):
 def shorten(page):
     """Set the smallest possible values in the expert panel."""
     go_to(page, "check")
+    page.locator("#check-command-shown > button").click()
     page.locator("#check-preset").get_by_text("Fast").click()
     scenes = page.locator("#check-scenes textarea")
     scenes.fill("in the snow")
     scenes.blur()
     expect(page.locator("#check-command")).to_contain_text("in the snow'", timeout=PATIENCE)
     expect(page.locator("#check-command")).not_to_contain_text("at night", timeout=PATIENCE)
-    page.locator("#check-command-shown > button").click()
     page.locator("#subject-panel > summary").click()
     page.locator("#subject-panel-optimisation > summary").click(timeout=PATIENCE)
     box = page.locator("#subject-optimisation-max_train_steps")
@@ -81,11 +74,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     screenshot(page, "photos", TALLEST["photos"])
     go_to(page, "check")
     expect(page.locator("#check-crops img").first).to_be_visible(timeout=PATIENCE)
-    if SCREENSHOTS:
-        # The folder of the server's runs is temporary.
-        page.evaluate(RENAME_FOLDER, [str(server.runs), "runs"])
-        screenshot(page, "check", TALLEST["check"])
-        page.evaluate("showEditor()")
+    screenshot(page, "check", TALLEST["check"])
     if ONE_CLICK:
         go_to(page, "photos")
         page.click("#photos-train")
