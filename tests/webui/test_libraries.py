@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from browsing import go_to
 from gradio_client import Client
 from processes import wait_for
 from small_runs import small_run
@@ -52,6 +53,8 @@ def test_the_page_of_a_server_is_used_without_loading_a_model_library_and_its_wo
     run = small_run(server.runs, tiny_model, "20260101-000001-drawer").path.name
     page = new_page(server.url)
     page.wait_for_selector(".photo-card .chip.good", timeout=90_000)
+    go_to(page, "check")
+    page.wait_for_selector("#check-crops img", timeout=90_000)
     generated = Client(server.url, verbose=False).predict(run, "a star", steps=2, api_name="/generate")
     assert Path(generated).is_file()
     (worker,) = psutil.Process(server.process.pid).children()
