@@ -104,10 +104,12 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     click("open-address");
   }
 
-  /* A run that the page selects by itself when it opens is no step back. */
+  /* What the page selects by itself when it opens is no step back: its first screen, which comes before that of the address, and
+  the run if the address names none. */
+  let isOpen = false;
   function shows(name, value) {
     const query = new URLSearchParams(location.search);
-    if (!value || query.get(name) === value) return;
+    if (!value || query.get(name) === value || (name === "tab" && !isOpen)) return;
     const isFirst = name === "run" && !query.has("run");
     history[isFirst ? "replaceState" : "pushState"](null, "", addressOf({ [name]: value }));
   }
@@ -124,7 +126,16 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     setTimeout(() => shows("run", document.querySelector(`#run ${menu} summary`)?.dataset.run));
   }
 
-  window.noraVision = { query, shows, showsRun, refresh };
+  /* The page shows what its address names. A user who was quicker has opened another screen meanwhile. */
+  function opened() {
+    isOpen = true;
+    setTimeout(() => {
+      const tab = document.querySelector("#screens > .tab-wrapper [aria-selected=true]")?.dataset.tabId;
+      if (tab !== openScreen()) shows("tab", tab);
+    }, ANSWER_MS);
+  }
+
+  window.noraVision = { query, shows, showsRun, refresh, opened };
 
   /* ---- Ctrl+Enter presses the main button of the screen ---- */
   document.addEventListener("keydown", (event) => {

@@ -82,6 +82,7 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
 
     loaded = context.page.load(open_address, query, context.outputs, js="() => [location.search]", **QUIET)
     loaded.then(None, js=REFRESH, **QUIET)
+    loaded.then(None, js="() => noraVision.opened()", **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")
     button.click(open_address, query, context.outputs, js="() => [noraVision.query()]", **QUIET)
     for name, tab in opened.items():

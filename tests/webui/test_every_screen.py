@@ -1,0 +1,50 @@
+"""Every screen fits a phone and a desk, and can be read and operated by everybody, with runs of both tasks to show."""
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browsing import go_to, quiet
+from class_folders import COLOURS, colour_folder, finished_classifier
+from run_folders import end_processes, finished_run, run_in
+
+from webui.page import SCREENS
+from webui.workspace import Workspace
+
+SERIOUS = ("serious", "critical")
+
+
+@pytest.fixture(scope="module")
+def server(app_server, tmp_path_factory):
+    """A server with a finished run of each task, and one that seems to go on."""
+    server = app_server()
+    names = {name: f"{name} with quite a long name" for name in COLOURS}
+    workspace = Workspace(server.runs, server.uploads, is_local=True)
+    finished_classifier(workspace, colour_folder(tmp_path_factory.mktemp("pictures"), 6), names)
+    finished_run(server.runs / "29990101-000001-newest")
+    run_in(server.runs / "20260101-000000-active", steps=40)
+    yield server
+    end_processes()
+
+
+def findings(page):
+    """What axe-core finds on the open screen."""
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [
+        (rule["id"], node["html"], node["failureSummary"])
+        for rule in found
+        if rule["impact"] in SERIOUS
+        for node in rule["nodes"]
+    ]
+
+
+@pytest.mark.parametrize(("size", "dark"), [("phone", True), ("desk", False)])
+@pytest.mark.slow(40)
+def test_every_screen_fits_and_has_no_serious_finding_of_axe(server, new_page, size, dark):
+    page = new_page(f"{server.url}", size=size, dark=dark, bypass_csp=True)
+    page.goto(f"{page.url}&run=29990101-000001-newest")
+    for screen in SCREENS:
+        go_to(page, screen)
+        quiet(page)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), screen
+        assert not findings(page), screen
+    tabs = page.locator("#screens > .tab-wrapper [role=tab]")
+    assert [tab.is_visible() for tab in tabs.all()] == [True] * len(SCREENS)
