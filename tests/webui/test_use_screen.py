@@ -115,6 +115,8 @@ def test_a_seed_is_random_or_kept_and_an_image_can_be_varied_marked_and_deleted(
     finished(page)
     varied = [read_settings(path)["seed"] for path in saved_images(server)[:4]]
     assert varied == [made["seed"] + distance for distance in (4, 3, 2, 1)]
+    page.locator("#use-gallery .caption-label").first.filter(has_text=str(varied[0])).wait_for()
+    quiet(page)
     page.locator("#use-gallery .thumbnail-lg").nth(1).click()
     page.wait_for_function(f"document.querySelector('#use-details').innerText.includes('{varied[1]}')")
     page.locator("#use-favourite").click()
