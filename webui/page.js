@@ -107,11 +107,12 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   /* What the page selects by itself when it opens is no step back: its first screen, which comes before that of the address, and
   the run if the address names none. */
   let isOpen = false;
-  function shows(name, value) {
+  function shows(name, value, isStep = true) {
     const query = new URLSearchParams(location.search);
     if (!value || query.get(name) === value || (name === "tab" && !isOpen)) return;
     const isFirst = name === "run" && !query.has("run");
-    history[isFirst ? "replaceState" : "pushState"](null, "", addressOf({ [name]: value }));
+    history[isStep && !isFirst ? "pushState" : "replaceState"](null, "", addressOf({ [name]: value }));
+    if (name === "tab") showsRun(false);
   }
 
   window.addEventListener("popstate", () => click("open-address"));
@@ -121,9 +122,9 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   }
 
   /* The run that the open screen shows: Train has a list of its own. */
-  function showsRun() {
+  function showsRun(isStep = true) {
     const menu = openScreen() === "train" ? ".on-train" : ".on-subject";
-    setTimeout(() => shows("run", document.querySelector(`#run ${menu} summary`)?.dataset.run));
+    setTimeout(() => shows("run", document.querySelector(`#run ${menu} summary`)?.dataset.run, isStep));
   }
 
   /* The page shows what its address names. A user who was quicker has opened another screen meanwhile. */

@@ -75,16 +75,19 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
     query = gr.Textbox(visible=False)
 
     @show_errors
-    def open_address(query: str, request: gr.Request) -> list[object]:
+    def open_address(query: str, run_id: str | None, request: gr.Request) -> list[object]:
         named = {name: values[-1] for name, values in parse_qs((query or "").removeprefix("?")).items()}
         tab = named.get("tab")
-        return context.show(context.settings.workspace(request), named.get("run"), tab if tab in SCREENS else None)
+        workspace = context.settings.workspace(request)
+        run, *others = context.show(workspace, named.get("run"), tab if tab in SCREENS else None)
+        # A classifier leaves the subject run as it is, but a page that was just opened has none yet.
+        return [context.show(workspace)[0] if run == gr.skip() and run_id is None else run, *others]
 
-    loaded = context.page.load(open_address, query, context.outputs, js="() => [location.search]", **QUIET)
+    loaded = context.page.load(open_address, [query, context.run], context.outputs, js="() => [location.search, null]", **QUIET)
     loaded.then(None, js=REFRESH, **QUIET)
     loaded.then(None, js="() => noraVision.opened()", **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")
-    button.click(open_address, query, context.outputs, js="() => [noraVision.query()]", **QUIET)
+    button.click(open_address, [query, context.run], context.outputs, js="() => [noraVision.query(), null]", **QUIET)
     for name, tab in opened.items():
         tab.select(None, js=f"() => noraVision.shows('tab', '{name}')", **QUIET)
     context.picker.change(None, js="() => noraVision.showsRun()", trigger_mode="multiple", **QUIET)

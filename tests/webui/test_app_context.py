@@ -64,10 +64,10 @@ def test_a_change_of_a_run_refreshes_only_the_open_screen_by_one_event(page):
 
 def test_the_page_opens_with_the_active_run_else_the_newest(context, workspace, page):
     open_address = listener(page, "open_address", "_follow_address")
-    assert open_address("", None)[0] is None
+    assert open_address("", None, None)[0] is None
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")
-    run_id, _, train_id, tabs = open_address("?tab=nowhere&run=../b", None)
+    run_id, _, train_id, tabs = open_address("?tab=nowhere&run=../b", None, None)
     assert (run_id, train_id, tabs) == ("a", "a", gr.skip())
     listed = pickers(views(workspace), run_id, train_id)
     assert listed.index('data-run="b" aria-pressed="false"') < listed.index('data-run="a" aria-pressed="true"')
@@ -76,11 +76,11 @@ def test_the_page_opens_with_the_active_run_else_the_newest(context, workspace, 
 def test_the_page_opens_with_the_run_and_the_screen_of_its_address(workspace, page):
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")
-    run_id, *_, tabs = listener(page, "open_address", "_follow_address")("?tab=judge&run=b", None)
+    run_id, *_, tabs = listener(page, "open_address", "_follow_address")("?tab=judge&run=b", None, None)
     assert (run_id, tabs.selected) == ("b", "judge")
 
 
-def test_a_classifier_is_shown_on_train_and_classify_and_leaves_the_subject_run_selected(context, workspace):
+def test_a_classifier_is_shown_on_train_and_classify_and_leaves_the_subject_run_selected(context, workspace, page):
     run_in(workspace.runs / "a", "done")
     run = run_in(workspace.runs / "digits", "running")
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
@@ -89,6 +89,9 @@ def test_a_classifier_is_shown_on_train_and_classify_and_leaves_the_subject_run_
     assert tabs.selected == "classify"
     run_id, _, train_id, *_ = context.show(workspace)
     assert (run_id, train_id) == ("a", "digits")
+    open_address = listener(page, "open_address", "_follow_address")
+    assert open_address("?tab=judge&run=digits", None, None)[:3] == ["a", "digits", "digits"]
+    assert open_address("?tab=judge&run=digits", "b", None)[:3] == [gr.skip(), "digits", "digits"]
     of_train, of_subject = str(pickers(views(workspace), "a", "digits")).split("on-subject")
     assert 'data-run="digits"' in of_train
     assert "digits" not in of_subject

@@ -35,8 +35,8 @@ def build(context: AppContext) -> None:
         now = contents(context.settings.workspace(request), run_id)
         return [*updates(now, seen, now), keys(now)]
 
-    listed = [components[name] for name in ("list", "title", *LABELS)]
-    refreshing = {"fn": refresh, "inputs": [selected, seen], "outputs": [*listed, seen], **QUIET}
+    outputs = [*(components[name] for name in ("list", "title", *LABELS)), seen]
+    refreshing = {"fn": refresh, "inputs": [selected, seen], "outputs": outputs, **QUIET}
     context.refreshes["runs"].click(trigger_mode="always_last", **refreshing)
 
     @show_errors
@@ -54,14 +54,13 @@ def build(context: AppContext) -> None:
             set_title(workspace.run(run_id).path, title)
         return context.show(workspace, run_id)
 
-    renamed = gr.on([components["title"].submit, components["title"].blur], rename, [selected, components["title"]], **QUIET,
-                    outputs=context.outputs)  # fmt: skip
+    typed = [components["title"].submit, components["title"].blur]
+    renamed = gr.on(typed, rename, [selected, components["title"]], context.outputs, **QUIET)
     renamed.then(**refreshing).then(None, js=RELIST, **QUIET)
-    outputs = [*context.outputs, context.draft, context.class_draft]
+    drafts = [context.draft, context.class_draft]
     for action in ("open", "resume", "stop", "duplicate"):
-        inputs = [selected, context.draft, context.class_draft]
-        acted = components[action].click(_acting(context, action), inputs, outputs, api_visibility="private")
-        acted.then(**refreshing)
+        given, changed = [selected, *drafts], [*context.outputs, *drafts]
+        components[action].click(_acting(context, action), given, changed, api_visibility="private").then(**refreshing)
     _wire_deleting(context, components, selected, asked, refreshing)
     compare.build(context)
 
