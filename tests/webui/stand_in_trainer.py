@@ -32,7 +32,7 @@ def main():
     if not step:
         reach(run, 0)
     while step < TOTAL:
-        update_status(run, state="running", phase="training", step=step, total=TOTAL, seconds_left=1.0)
+        update_status(run, state="running", phase="training", step=step, total=TOTAL, share=step / TOTAL, seconds_left=1.0)
         wait_beyond(run, step)
         step += 1
         run.log(step, loss=1.0, lr=1e-3)

@@ -51,7 +51,7 @@ def opened(new_page, server):
 def trains_to(page, record, step):
     """Let the run continue to `step`, and wait until the page shows the step."""
     (record.path / UNTIL).write_text(str(step))
-    expect(page.locator("#train-bar")).to_contain_text(f"{step} of {TOTAL} steps", timeout=PATIENCE)
+    expect(page.locator("#train-bar")).to_contain_text(f"{step}% · step {step} of {TOTAL}", timeout=PATIENCE)
 
 
 def shows(page, *names):
@@ -60,7 +60,7 @@ def shows(page, *names):
         expect(page.locator(f"#train-{name}")).to_be_visible(visible=name in names, timeout=PATIENCE)
 
 
-def says(page, words, place="#train-phase"):
+def says(page, words, place="#train-state"):
     expect(page.locator(place)).to_contain_text(words, timeout=PATIENCE)
 
 
