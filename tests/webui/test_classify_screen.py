@@ -276,9 +276,8 @@ def names_stay_whole_and_in_view(page):
     one_line = "names => names.every(name => Math.min(name.clientWidth, name.clientHeight) < 30)"
     names = page.locator("#classify-confusion th[scope] span")
     assert names.evaluate_all(one_line)
-    row = page.locator("#classify-confusion th[scope=row]").first
-    before = row.bounding_box()["x"]
-    page.locator("#classify-confusion .scroll").evaluate("box => { box.scrollLeft = box.scrollWidth }")
-    assert page.locator("#classify-confusion .scroll").evaluate("box => box.scrollLeft") > 0
-    assert abs(row.bounding_box()["x"] - before) < 1
-    page.locator("#classify-confusion .scroll").evaluate("box => { box.scrollLeft = 0 }")
+    box, row = page.locator("#classify-confusion .scroll"), page.locator("#classify-confusion th[scope=row]").first
+    box.evaluate("box => { box.scrollLeft = box.scrollWidth }")
+    assert box.evaluate("box => box.scrollLeft") > 0
+    assert abs(row.bounding_box()["x"] - box.bounding_box()["x"]) < 1
+    box.evaluate("box => { box.scrollLeft = 0 }")
