@@ -153,6 +153,6 @@ def test_the_list_of_classifiers_follows_the_run_that_is_selected_elsewhere_once
     renew = listener(page, "classify", "renew")
     listed, part, seen = renew(record.path.name, None, "another", None)
     assert (listed.value, part.selected, seen) == (record.path.name, "result", record.path.name)
-    for before in (seen, None):
-        assert renew(record.path.name, None, before, None)[1] == gr.skip()
+    for elsewhere in (seen, None):
+        assert renew(elsewhere, None, seen, None)[1] == gr.skip()
     assert record.path.name in [run_id for _, run_id in listed.choices]

@@ -51,9 +51,7 @@ def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State)
         runs = classifier_views(app.settings.workspace(request))
         states = {view.id: view.state for view in runs}
         is_new = elsewhere != before and elsewhere in states
-        # Not for the run that is selected when the page is loaded.
-        is_opened = is_new and before is not None and states[elsewhere] == "done"
-        part = gr.Tabs(selected="result") if is_opened else gr.skip()
+        part = gr.Tabs(selected="result") if is_new and states[elsewhere] == "done" else gr.skip()
         return [_listed(runs, elsewhere if is_new else chosen), part, elsewhere]
 
     given, outputs = [app.class_run, run, last_elsewhere], [run, steps, last_elsewhere]

@@ -156,7 +156,7 @@ class _Images:
 
     def redraw(self, event: Any) -> None:
         """After `event`, show the draft's dataset, then the open class, then the zero-shot accuracy."""
-        drawn = event.then(self.show_dataset, [self.draft], self.dataset, **QUIET)
+        drawn = event.then(self.show_dataset, [self.draft, self.class_], self.dataset, **QUIET)
         # After the list of classes was updated, so that the chosen class is one of them.
         drawn = drawn.then(self.show_class, [self.class_, self.draft, self.is_open], self.editor, **QUIET)
         device = {"concurrency_id": "device", "concurrency_limit": 1}
@@ -168,18 +168,18 @@ class _Images:
         return _sets(self.app.settings.workspace(request), draft)
 
     @show_errors
-    def show_dataset(self, draft: dict[str, Any], request: gr.Request) -> list[Any]:
+    def show_dataset(self, draft: dict[str, Any], key: str | None, request: gr.Request) -> list[Any]:
         """Updates of the components that show the draft's dataset, without its zero-shot accuracy."""
         workspace = self.app.settings.workspace(request)
         classes = _classes_or_none(workspace, draft)
-        keys = [(one.name, one.key) for one in classes.classes]
+        keys = {one.key: one.name for one in classes.classes}
         return [
             _sets(workspace, draft),
             gr.Button(visible=classes.kind != "example"),
             gr.Row(visible=False),
             summary(classes, None),
             class_cards(classes, None),
-            gr.Dropdown(keys, value=keys[0][1] if keys else None),
+            gr.Dropdown([(name, one) for one, name in keys.items()], value=key if key in keys else next(iter(keys), None)),
             gr.Accordion(visible=bool(keys)),
             gr.Button(interactive=classes.is_ready),
         ]
