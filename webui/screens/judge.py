@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,7 +206,7 @@ def shared_image(view: RunView, step: int, before: Sample, after: Sample) -> str
     """A PNG of both images with prompt, seed and subject, in Gradio's cache."""
     images = [Image.open(enlarged(sample.path)).convert("RGB") for sample in (before, after)]
     labels = ["Before: the base model", f"After: step {step}. Prompt: {after.prompt}. Seed {after.seed}."]
-    name = re.sub(r"\W+", "-", f"{view.file_stem(step)}-before-after")
+    name = f"{view.file_stem(step)}-before-after"
     return save_pil_to_cache(labelled_grid([(view.title, images)], labels), get_upload_folder(), name=name, format="png")
 
 
