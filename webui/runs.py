@@ -66,8 +66,6 @@ PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "Certifica
 LONGEST_ERROR = 400
 # The displayed training loss is the mean over this many steps.
 LAST_STEPS = 16
-SCORES = {"subject_score": "Image similarity (CLIP-I)", "prompt_score": "Prompt similarity (CLIP-T)"}
-SOON = "The first checkpoint is saved after some steps of training. This page then updates by itself."
 
 
 @dataclass(frozen=True)
@@ -112,11 +110,6 @@ class RunView(RunSnapshot):
     def file_stem(self, step: int) -> str:
         """The name of a downloaded adapter's file without its suffix."""
         return naming.file_stem(self.title, step)
-
-    @property
-    def fits(self) -> str:
-        """Which base models its LoRA files fit, as a sentence."""
-        return naming.fits(str(self.chosen("model", "pretrained_model_name_or_path")))
 
     @property
     def phase(self) -> str:
@@ -187,13 +180,6 @@ class RunView(RunSnapshot):
         if self.state in ("interrupted", "stopped"):
             return f"{self.reason} {steps} Resume {effect}."
         return f"{plain_error(self.error)} {steps}" if self.state == "failed" else ""
-
-    @property
-    def outlook(self) -> str:
-        """Why it has no adapter yet, and whether one will come."""
-        if self.is_active:
-            return SOON
-        return f"The run ended before its first checkpoint. {self.ending}".strip()
 
     @property
     def sentence(self) -> str:

@@ -174,13 +174,6 @@ def test_the_face_of_a_run_is_its_first_training_image_from_the_start(workspace,
     assert view(run).face == run.subject / "0.png"
 
 
-def test_a_run_without_an_adapter_says_whether_one_will_come(workspace):
-    assert "updates by itself" in view(run_in(workspace.runs / "a")).outlook
-    failed = view(run_in(workspace.runs / "b", "failed", error="InputError: The folder is empty."))
-    assert failed.outlook.startswith("The run ended before its first checkpoint. The folder is empty.")
-    assert "updates" not in failed.outlook
-
-
 def test_the_list_shows_the_values_of_the_files(workspace):
     run = finished_run(workspace.runs / "a")
     step = json.loads((run.path / "suggestion.json").read_text())["step"]
