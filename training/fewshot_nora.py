@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 # isort: split
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -136,7 +136,12 @@ def fit_all(
                 continue
         accelerator.wait_for_everyone()
         results += [TrialResult.read(run.path / folder)] if run.writes else []
-    return [result for result in results if result.method not in failed], failed
+    return without_methods(results, failed), failed
+
+
+def without_methods(results: list[TrialResult], methods: Collection[str]) -> list[TrialResult]:
+    """The results of all other methods."""
+    return [result for result in results if result.method not in methods]
 
 
 def run_trial(accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions) -> None:

@@ -57,21 +57,13 @@ def report_of(
         results: of all trials of the methods that did not fail.
         failed: the reasons of the other methods.
     """
-    dataset, new = experiment.dataset, experiment.new_prompts
     methods = [method for method in options.method.method if method not in failed]
     trial = representative_trial(options, methods)
     (classifier,) = (
         one.folder for one in results if (one.shots, one.seed, one.method) == (trial.shots, trial.seed, trial.method)
     )
     return FewShotReport(
-        dataset=DatasetSummary(
-            name=dataset.name,
-            classes=list(experiment.prompts.classes),
-            new_classes=[] if new is None else list(new.classes),
-            images=len(dataset.images),
-            duplicates=list(duplicates),
-            notes=list(dataset.notes),
-        ),
+        dataset=_dataset_summary(experiment, duplicates),
         model=options.model.model,
         pretrained=options.model.pretrained,
         templates=list(experiment.prompts.templates),
@@ -87,6 +79,18 @@ def report_of(
         classifier=classifier,
         quantization_errors=dict(experiment.clip.quantization_errors),
         failed=dict(failed),
+    )
+
+
+def _dataset_summary(experiment: Experiment, duplicates: Sequence[str]) -> DatasetSummary:
+    dataset, new = experiment.dataset, experiment.new_prompts
+    return DatasetSummary(
+        name=dataset.name,
+        classes=list(experiment.prompts.classes),
+        new_classes=[] if new is None else list(new.classes),
+        images=len(dataset.images),
+        duplicates=list(duplicates),
+        notes=list(dataset.notes),
     )
 
 
