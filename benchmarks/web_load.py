@@ -134,7 +134,7 @@ def main() -> int:
         home = Path(folder)
         for name, password in USERS.items():
             add_account(home / "accounts.txt", name, password)
-        places = [
+        folders = [
             "--runs_dir",
             str(home / "runs"),
             "--uploads_dir",
@@ -144,13 +144,13 @@ def main() -> int:
         ]
         log = home / "server.txt"
         with log.open("w") as output:
-            process = subprocess.Popen([sys.executable, "app.py", *places], stdout=output, stderr=output)
+            process = subprocess.Popen([sys.executable, "app.py", *folders], stdout=output, stderr=output)
         server = psutil.Process(process.pid)
-        while not (found := ADDRESS.search(log.read_text())):
+        while not (address := ADDRESS.search(log.read_text())):
             if process.poll() is not None:
                 raise RuntimeError(f"The server did not start: {log.read_text()}")
             time.sleep(0.2)
-        load, memory = asyncio.run(drive(found[1], server, home / "runs", minutes))
+        load, memory = asyncio.run(drive(address[1], server, home / "runs", minutes))
         directories, internal = runs_of(home / "runs"), log.read_text().count("Traceback")
         end_all(server, home)
     return verdict(load, memory, directories, internal)

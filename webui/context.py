@@ -206,10 +206,10 @@ class AppContext:
         """
         runs = views(workspace)
         opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
-        shown = next((view for view in runs if view.id == run_id), None)
-        if shown is not None:
-            is_classifier = shown.task == "classify"
-            return [gr.skip() if is_classifier else shown.id, shown.id if is_classifier else gr.skip(), shown.id, opened]
+        selected = next((view for view in runs if view.id == run_id), None)
+        if selected is not None:
+            is_classifier = selected.task == "classify"
+            return [gr.skip() if is_classifier else selected.id, selected.id if is_classifier else gr.skip(), selected.id, opened]
         subjects = [view for view in runs if view.task == "subject"]
         return [_default(subjects), gr.skip(), _default(runs), opened]
 

@@ -125,7 +125,7 @@ class Draft:
 
     def moved_to(self, set_id: str | None) -> Draft:
         """The draft with a copy of its dataset, which keeps the settings; those of the example are not for the user's photos."""
-        kept = self.settings.get(self.set) if self.set is not None else None
+        settings = self.settings.get(self.set) if self.set is not None else None
         return replace(
-            self if kept is None or set_id is None else self.with_settings(set_id, kept), set=set_id, previous_set=None
+            self if settings is None or set_id is None else self.with_settings(set_id, settings), set=set_id, previous_set=None
         )

@@ -149,9 +149,9 @@ def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
 
 
 def _crop(preview: CropPreview) -> Crop:
-    shown, stream = preview.image.copy(), io.BytesIO()
-    shown.thumbnail((384, 384))
-    shown.save(stream, "PNG")
+    thumbnail, stream = preview.image.copy(), io.BytesIO()
+    thumbnail.thumbnail((384, 384))
+    thumbnail.save(stream, "PNG")
     # A data URL, so that the server stores no file for each setting that is tried.
     address = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
     return Crop(address, (preview.image.height, preview.image.width), preview.variants)

@@ -189,8 +189,8 @@ def uploaded_classes(dataset: Dataset) -> LabelledClasses:
 
 def read_local_folder(set_id: str, content: DatasetContent) -> LabelledClasses:
     """The class folders of `content.local_folder`. Raises: InputError if they or their new names cannot be used."""
-    found = WORKER.call("folder_classes", content.local_folder, content.class_names)
-    return LabelledClasses(set_id, "folder", content.local_folder, *found)
+    classes_and_notes = WORKER.call("folder_classes", content.local_folder, content.class_names)
+    return LabelledClasses(set_id, "folder", content.local_folder, *classes_and_notes)
 
 
 def point_to(workspace: Workspace, path: str) -> str:

@@ -184,10 +184,10 @@ def activity_route(settings: Settings) -> Route:
 
     def activity(request: Request) -> JSONResponse:
         runs = views(settings.workspace_of(request.scope.get("user")))
-        shown = [view for view in runs if view.is_active] + [view for view in runs if not view.is_active][:RECENT_RUNS]
+        described = [view for view in runs if view.is_active] + [view for view in runs if not view.is_active][:RECENT_RUNS]
         changes = repr([(view.id, view.state, *(_changes_of(view) if view.is_active else ())) for view in runs])
         revision = hashlib.sha256(changes.encode()).hexdigest()
-        return JSONResponse({"revision": revision, "runs": [_described(view) for view in shown]})
+        return JSONResponse({"revision": revision, "runs": [_described(view) for view in described]})
 
     return Route("/activity", activity)
 

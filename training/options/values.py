@@ -34,14 +34,14 @@ def kind_of(task: str) -> type[Options]:
 @cache
 def groups(task: str) -> dict[str, dict[str, dataclasses.Field]]:
     """The fields of the options of `task` by group and name, with their types resolved."""
-    found: dict[str, dict[str, dataclasses.Field]] = {}
+    resolved: dict[str, dict[str, dataclasses.Field]] = {}
     for name, group in groups_of(kind_of(task)).items():
         hints = typing.get_type_hints(group)
         # Copies, because HfArgumentParser changes the types of the fields.
-        found[name] = {field.name: copy.copy(field) for field in dataclasses.fields(group)}
-        for field in found[name].values():
+        resolved[name] = {field.name: copy.copy(field) for field in dataclasses.fields(group)}
+        for field in resolved[name].values():
             field.type = hints[field.name]
-    return found
+    return resolved
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -218,7 +218,7 @@ class RunSnapshot:
 
 def began(run: Path) -> float:
     """When a run was started, in seconds since the epoch, from a file that is written only at the start."""
-    changed = next((found for name in (Launch.NAME, "command") if (found := revision(run / name))), None) or revision(run)
+    changed = next((state for name in (Launch.NAME, "command") if (state := revision(run / name))), None) or revision(run)
     return 0.0 if changed is None else changed[0] / 1e9
 
 

@@ -156,11 +156,11 @@ class _Images:
 
     def redraw(self, event: Any) -> None:
         """After `event`, show the draft's dataset, then the open class, then the zero-shot accuracy."""
-        drawn = event.then(self.show_dataset, [self.draft, self.class_], self.dataset, **QUIET)
+        updated = event.then(self.show_dataset, [self.draft, self.class_], self.dataset, **QUIET)
         # After the list of classes was updated, so that the chosen class is one of them.
-        drawn = drawn.then(self.show_class, [self.class_, self.draft, self.is_open], self.editor, **QUIET)
+        updated = updated.then(self.show_class, [self.class_, self.draft, self.is_open], self.editor, **QUIET)
         device = {"concurrency_id": "device", "concurrency_limit": 1}
-        drawn.then(self.measure, [self.draft], [self.summary, self.cards], **device, **QUIET)
+        updated.then(self.measure, [self.draft], [self.summary, self.cards], **device, **QUIET)
 
     @show_errors
     def list_sets(self, draft: dict[str, Any], request: gr.Request) -> gr.Dropdown:
