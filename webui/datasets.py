@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import TypeAdapter
@@ -31,6 +31,8 @@ from pipelines.text_files import write_text_atomically
 from webui.workspace import Workspace
 
 SET, SPLIT, LOCK = "set.json", "split.json", ".lock"
+# Named the local folder of a dataset in earlier versions.
+POINTER = "folder.json"
 EXAMPLE_SUBJECT = ASSETS / "sample-subject"
 MAX_CLASSES, CAPTION_LENGTH, NAME_LENGTH = 500, 500, 100
 TEST_SHARE = 0.3
@@ -144,10 +146,8 @@ class Dataset:
         if self.is_example:
             images = [DatasetImage(path.name, path.name) for path in sorted(self.folder.glob("*.jpg"))]
             return DatasetContent(ImageGroup(images=images), is_sealed=True)
-        try:
-            return CONTENT.validate_json((self.folder / SET).read_bytes())
-        except FileNotFoundError:
-            return DatasetContent()
+        stored = _read(self.folder / SET)
+        return CONTENT.validate_python(stored if "photos" in stored else _upgraded(self.folder, stored))
 
     def photos(self) -> list[DatasetImage]:
         """The images of a subject in order, without those whose file is missing."""
@@ -295,6 +295,33 @@ class Dataset:
         """Delete the dataset with all its images. Raises: InputError if it is gone."""
         with self._locked():
             shutil.rmtree(self.folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def _upgraded(folder: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """set.json of an earlier version, which kept the split, the seal and the local folder in files of their own."""
+    parts = {file: part for part, listed in _read(folder / SPLIT).items() for file, _ in listed}
+    pointer = _read(folder / POINTER)
+
+    def group(entry: dict[str, Any]) -> dict[str, Any]:
+        images = [{**image, "part": parts.get(image["file"], "")} for image in entry.get("images", entry.get("pictures", ()))]
+        return {"folder": entry.get("folder", ""), "name": entry.get("name", ""), "images": images, "next": entry.get("next", 1)}
+
+    return {
+        "photos": group(stored),
+        "classes": [group(one) for one in stored.get("classes", ())],
+        "next_class": stored.get("next_class", 0),
+        "is_sealed": (folder / ".sealed").exists(),
+        "local_folder": pointer.get("path"),
+        "class_names": pointer.get("names", {}),
+    }
 
 
 def _rename_in_order(folder: Path, images: list[DatasetImage]) -> None:

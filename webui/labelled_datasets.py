@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipLimits, read_zip
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.record import RunRecord
-from webui.datasets import CLASS_GONE, SET, Dataset, DatasetContent, num_test_images
+from webui.datasets import CLASS_GONE, POINTER, SET, Dataset, DatasetContent, num_test_images
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
@@ -132,7 +132,8 @@ def _rough(counts: Mapping[str, int]) -> Iterator[str]:
 
 def class_datasets(workspace: Workspace) -> list[str]:
     """The ids of the user's datasets with classes, and of those that refer to a local folder, newest first."""
-    folders = [path.parent for path in sorted(workspace.sets.glob(f"*/{SET}"), reverse=True) if not path.parent.is_symlink()]
+    stored = {path.parent for name in (SET, POINTER) for path in workspace.sets.glob(f"*/{name}")}
+    folders = [folder for folder in sorted(stored, reverse=True) if not folder.is_symlink()]
     contents = [(folder.name, Dataset(folder).content()) for folder in folders]
     return [set_id for set_id, content in contents if content.classes or content.local_folder is not None]
 

@@ -274,3 +274,34 @@ def test_a_class_with_only_test_images_cannot_be_trained(workspace, tmp_path):
     found = find_classes(workspace, point_to(workspace, str(mine)))
     assert not found.is_ready
     assert any("All images of sea are test images" in one for one in found.warnings())
+
+
+def as_earlier_versions_wrote(dataset):
+    """Rewrite set.json with its lists of images under their earlier names, without what stood in files of their own."""
+    stored = json.loads((dataset.folder / "set.json").read_text())
+    listed = lambda group: {  # noqa: E731
+        "pictures": [{name: image[name] for name in ("file", "name", "caption")} for image in group["images"]],
+        "next": group["next"],
+    }
+    classes = [{"folder": one["folder"], "name": one["name"], **listed(one)} for one in stored["classes"]]
+    earlier = {**listed(stored["photos"]), "classes": classes, "next_class": stored["next_class"]}
+    (dataset.folder / "set.json").write_text(json.dumps(earlier))
+
+
+def test_datasets_of_earlier_versions_keep_their_images_classes_split_and_seal(workspace, dataset, tmp_path):
+    classes = dataset.content()
+    photos = Dataset(workspace.new_image_set())
+    (tmp_path / "toy.png").write_bytes(coloured("ruby", 1))
+    add_images(photos, [tmp_path / "toy.png"])
+    photos.set_caption(photos.photos()[0].file, "a ruby toy")
+    before = photos.content()
+    before.is_sealed = True
+    as_earlier_versions_wrote(dataset)
+    as_earlier_versions_wrote(photos)
+    (photos.folder / ".sealed").touch()
+    assert (dataset.content(), photos.content()) == (classes, before)
+
+    pointer = Dataset(workspace.new_image_set())
+    (pointer.folder / "folder.json").write_text(json.dumps({"path": str(tmp_path), "names": {"c0": "cup"}}))
+    assert (pointer.content().local_folder, pointer.content().class_names) == (tmp_path, {"c0": "cup"})
+    assert set(class_datasets(workspace)) == {dataset.folder.name, pointer.folder.name}
