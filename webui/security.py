@@ -7,6 +7,7 @@ other websites, and limits files, events and sessions to the users they belong t
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -145,7 +146,7 @@ class Guard:
         nonce, request = secrets.token_hex(16), HTTPConnection(scope)
         send = _with_policy(send, FILE_POLICY if scope["path"].startswith(FILE) else PAGE_POLICY.format(nonce=nonce))
         if scope["path"] == "/":
-            send = _page(send, self._head.replace("{origin}", str(request.base_url)), nonce)
+            send = _page(send, self._head.replace("{origin}", html.escape(str(request.base_url))), nonce)
         try:
             receive, send = await self._checked(request, receive, send)
         except Refusal as refusal:

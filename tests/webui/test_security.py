@@ -176,6 +176,11 @@ def test_the_page_has_its_own_icon_and_card(own):
     assert "svg" in own.get("/favicon.ico").headers["content-type"]
 
 
+def test_a_host_header_puts_no_markup_into_the_page(guarded):
+    answer = httpx.get(f"{guarded.url}/", headers={"host": 'x"><script>alert(1)</script>'})
+    assert "alert(1)" not in answer.text
+
+
 def test_what_runs_is_told_only_to_the_user_whose_runs_they_are(server, guarded):
     run = server.runs / "20260101-000000-abcdef"
     run.mkdir(parents=True, exist_ok=True)
