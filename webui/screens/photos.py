@@ -56,7 +56,7 @@ def build(context: AppContext) -> None:
     with gr.Row(elem_classes="buttons"):
         for name, label in (("own", "Use your own photos"), ("example", "Back to the example"), ("classify", "Classify images")):
             widgets[name] = gr.Button(
-                label, size="md", scale=0, min_width=160, visible=name != "example", elem_id=f"photos-{name}"
+                label, size="md", scale=0, min_width=200, visible=name != "example", elem_id=f"photos-{name}"
             )
     widgets["upload"] = gr.File(
         label="Photos, captions (.txt, .csv, .jsonl) or a zip",
