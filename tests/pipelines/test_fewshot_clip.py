@@ -184,7 +184,7 @@ def mini_folder(tmp_path_factory):
 
 @torch.no_grad()
 def test_the_built_in_model_is_a_folder(mini_folder, monkeypatch):
-    monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", mini_folder)
+    monkeypatch.setattr("pipelines.clip.BUILT_IN_CLIP", mini_folder)
     clip, model = load_clip("mini"), mini_clip.load_model(mini_folder)
     pixels = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(clip.encode_images(pixels), mini_clip.image_features(model, pixels))

@@ -150,7 +150,7 @@ def test_an_adapter_initialised_after_the_dry_run_is_the_one_initialised_before_
         raise Started({(name, key): tensor for name in states for key, tensor in states[name].items() if "nora_" in key})
 
     monkeypatch.setattr(dreambooth_nora.SubjectTraining, "add_class_images", stop)
-    monkeypatch.setattr(dreambooth_nora.ValidationSampler, "generate", lambda *_: [])
+    monkeypatch.setattr(dreambooth_nora.SubjectTraining, "sample_base_model", lambda *_: [])
     calls, tensors = [], []
     for name in ("run_dry_run", "runs_on_subject"):
         work = getattr(dreambooth_nora, name)

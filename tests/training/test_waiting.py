@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from training.runs.record import RunRecord, update_status
+from training.runs.run_files import RunStatus
 from training.runs.waiting import LOCK, QUEUE, Ticket, device_key, runs_before, tickets
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +97,17 @@ def test_runs_start_in_the_order_of_the_queue(queue):
         (run / "end").touch()
         assert process.wait(PATIENCE) == 0
         ended = run / "ended"
+
+
+def test_a_run_whose_process_begins_later_than_that_of_the_next_one_is_still_first(queue):
+    (queue.runs / "first").mkdir(parents=True)
+    RunStatus(state="queued", heartbeat=time.time()).write(queue.runs / "first")
+    second, _ = queue.start("second")
+    first, _ = queue.start("first")
+    begins(first)
+    assert waits(second)
+    (first / "end").touch()
+    begins(second, after=first / "ended")
 
 
 def test_a_killed_waiting_process_is_skipped_and_its_ticket_is_deleted(queue):

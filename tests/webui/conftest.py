@@ -43,6 +43,7 @@ def worker_in_this_process() -> Iterator[None]:
     """Jobs run in a thread of the test's process, except in servers that are started as processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WORKER, "launch", launch_thread)
+        patch.setattr(WORKER, "_started", None)
         yield
 
 

@@ -163,6 +163,7 @@ def edit_classes(page, screenshot):
     expect(boxes).to_have_count(6, timeout=SOON)
     quiet(page)
     choose(page, "#classify-class", "leaf")
+    quiet(page)
     expect(boxes).to_have_count(6, timeout=SOON)
     page.locator("#classify-rename-to textarea, #classify-rename-to input").first.fill("<b>green</b> = leaf")
     page.locator("#classify-rename").click()

@@ -159,7 +159,7 @@ def test_names_that_contain_html_or_shell_code_are_shown_as_text(server, new_pag
     page.set_input_files("#photos-upload input[type=file]", [photo, bad])
     page.get_by_text("x-hostile").first.wait_for(timeout=120_000)
     # The first refresh is complete.
-    page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
+    page.locator("#run summary").first.wait_for(state="attached", timeout=120_000)
     for screen in SCREENS:
         go_to(page, screen)
         page.wait_for_timeout(500)

@@ -30,7 +30,7 @@ from training.runs.run_files import (
     read_metrics,
 )
 from training.runs.run_log import ended_by, last_error
-from training.runs.waiting import QUEUE, runs_before
+from training.runs.waiting import BEGINNING_SECONDS, QUEUE, runs_before
 
 Task = Literal["subject", "classify"]
 State = Literal["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
@@ -52,8 +52,6 @@ Revision = tuple[int, int, int]
 SHOWN_FILES: tuple[type[RunFile], ...] = (
     ResolvedOptions, Launch, RunTitle, ImageChecks, DryRunReport, Suggestion, Certificate, FewShotReport,
 )  # fmt: skip
-# The longest time from the start of a run to the first status of its process.
-BEGINNING_SECONDS = 20.0
 INTERRUPTED = {
     "SIGKILL": "Its process was killed, probably by the system because memory ran out.",
     None: "Its process ended without reporting an error. Perhaps the machine was switched off.",

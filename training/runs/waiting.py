@@ -35,6 +35,8 @@ from training.runs.run_files import RunStatus
 QUEUE, LOCK = ".queue", "lock"
 DEVICES, CPU = "CUDA_VISIBLE_DEVICES", "cpu"
 POLL_SECONDS = 0.25
+# The longest time from the start of a process that waits to its first status.
+BEGINNING_SECONDS = 20.0
 # Fields that the last process of a resumed run has written.
 CLEARED = {"error": None, "phase": None, "seconds_left": None}
 
@@ -110,10 +112,19 @@ def at_work(runs: Path, device: str) -> list[RunRecord]:
     The queue's lock does not cover them all: runs started in a terminal do not queue, and a run whose launcher was killed still
     saves a checkpoint after the lock has ended.
     """
-    records = [
-        RunRecord(path.parent) for pattern in (f"*/{RunStatus.NAME}", f"*/*/{RunStatus.NAME}") for path in runs.glob(pattern)
-    ]
-    return [record for record in records if record.is_at_work() and _device_of(record) == device]
+    return [record for record in _records(runs) if record.is_at_work() and _device_of(record) == device]
+
+
+def _records(runs: Path) -> Iterator[RunRecord]:
+    for pattern in (f"*/{RunStatus.NAME}", f"*/*/{RunStatus.NAME}"):
+        yield from (RunRecord(path.parent) for path in runs.glob(pattern))
+
+
+def begins_earlier(runs: Path, since: float) -> bool:
+    """Whether a run was queued shortly before `since` whose process has not taken its ticket yet."""
+    oldest = time.time() - BEGINNING_SECONDS
+    statuses = (record.status() for record in _records(runs))
+    return any(one.state == "queued" and one.pid is None and oldest < (one.heartbeat or 0.0) < since for one in statuses)
 
 
 def _device_of(record: RunRecord) -> str | None:
@@ -147,17 +158,23 @@ def wait_for_turn(run: Path, root: Path, device: str, since: float | None = None
 
     Args:
         since: when it was queued, in seconds since the epoch; None for now.
+    Raises: Cancelled if it was stopped before this process began.
     """
-    queue = root / device
-    ticket = Ticket.take(queue, run, since)
+    queue, since = root / device, since or time.time()
+    ticket, record = Ticket.take(queue, run, since), RunRecord(run)
     try:
-        while _is_behind_another(ticket):
+        # After the ticket was taken, so that no later run overtakes this one in between.
+        update_status(record, state="queued", **CLEARED)
+        if run_requests.was_asked(record, run_requests.STOP):
+            # Before this process had written its id, which a request to stop ends it by.
+            raise Cancelled(signal.SIGTERM.name)
+        while _is_behind_another(ticket) or begins_earlier(root.parent, since):
             time.sleep(POLL_SECONDS)
         descriptor = os.open(queue / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         os.set_inheritable(descriptor, True)
         while not _locked(descriptor) or at_work(root.parent, device):
             time.sleep(POLL_SECONDS)
-        update_status(RunRecord(run), state="starting")
+        update_status(record, state="starting")
     finally:
         ticket.path.unlink(missing_ok=True)
 
@@ -190,10 +207,6 @@ def main(run: Path, root: Path, command: list[str]) -> None:
     try:
         with cancellable():
             since = record.status().heartbeat if record.status().pid is None else None
-            update_status(record, state="queued", **CLEARED)
-            if run_requests.was_asked(record, run_requests.STOP):
-                # Before this process had written its id, which a request to stop ends it by.
-                raise Cancelled(signal.SIGTERM.name)
             wait_for_turn(run, root, device_key(dict(os.environ)), since)
             os.execvp(command[0], command)
     except Cancelled as signalled:

@@ -7,7 +7,6 @@ import html
 import io
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -59,8 +58,23 @@ NO_RUN = parts.empty("There is no adapter yet.", "Add a few photos under Photos 
 NO_STEP = parts.empty("This run has no adapter yet.", "The first checkpoint is saved after some steps. The page then updates.")
 CLASSIFIER = parts.empty("This run is a classifier.", "It generates no images. Use it under Classify, or choose a subject run.")
 macros: Any = TEMPLATES.get_template("use.html").module
-# Set when the tab with this session cancels the generation that waits or runs in it.
-CANCELLATIONS: dict[str, threading.Event] = {}
+
+
+class Generation:
+    """Images that a tab waits for."""
+
+    def __init__(self) -> None:
+        self.is_cancelled, self.stream = False, None
+
+    def cancel(self) -> None:
+        """Cancel it, also while it waits for the device."""
+        self.is_cancelled = True
+        if self.stream is not None:
+            self.stream.close()
+
+
+# What each tab generates, by its session.
+GENERATIONS: dict[str, Generation] = {}
 
 
 def request_of(workspace: Workspace, run_id: str | None, step: int | None, *values: Any) -> GenerationRequest:
@@ -262,17 +276,17 @@ class _Use:
     @show_errors
     def begin(self, seeding: str, seed: Any, request: gr.Request) -> list[Any]:
         session = str(request.session_hash)
-        if session in CANCELLATIONS:
+        if session in GENERATIONS:
             raise InputError("Images are being generated. Wait until they are done, or cancel them.")
-        CANCELLATIONS[session] = threading.Event()
+        GENERATIONS[session] = Generation()
         bar = macros.progress([], None, "Waiting for the device")
         chosen = secrets.randbelow(2**31) if seeding == RANDOM else seed
         return [gr.Button(interactive=False), gr.Button(visible=True), bar, chosen]
 
     @show_errors
     def stop(self, request: gr.Request) -> str:
-        if (cancelled := CANCELLATIONS.get(str(request.session_hash))) is not None:
-            cancelled.set()
+        if (generation := GENERATIONS.get(str(request.session_hash))) is not None:
+            generation.cancel()
         return CANCELLED
 
     @show_errors
@@ -291,9 +305,9 @@ class _Use:
         """Generate images until the tab cancels; yields updates of the progress, the gallery and its filter."""
         workspace, session = self.context.settings.workspace(request), str(request.session_hash)
         try:
-            yield from _with_progress(workspace, wanted(workspace), CANCELLATIONS[session])
+            yield from _with_progress(workspace, wanted(workspace), GENERATIONS[session])
         finally:
-            CANCELLATIONS.pop(session, None)
+            GENERATIONS.pop(session, None)
 
     @show_errors
     def reuse(self, name: str, run_id: str | None, request: gr.Request) -> dict[Any, Any]:
@@ -346,14 +360,12 @@ def prompt_warnings(wanted: GenerationRequest) -> list[str]:
     return page_warnings([wanted.prompt, wanted.negative_prompt], remedy)
 
 
-def _with_progress(workspace: Workspace, wanted: GenerationRequest, cancelled: threading.Event) -> Iterator[list[Any]]:
+def _with_progress(workspace: Workspace, wanted: GenerationRequest, generation: Generation) -> Iterator[list[Any]]:
     began = updated = time.monotonic()
     warnings, preview = prompt_warnings(wanted), None
     with closing(WORKER.stream("generate", workspace, wanted)) as events:
-        for event in events:
-            if cancelled.is_set():
-                yield [CANCELLED, *[gr.skip()] * 3]
-                return
+        generation.stream = events
+        for event in () if generation.is_cancelled else events:
             if isinstance(event, Path):
                 yield [gr.skip(), *gallery_of(workspace, False), ALL]
                 continue
@@ -363,6 +375,9 @@ def _with_progress(workspace: Workspace, wanted: GenerationRequest, cancelled: t
                 updated = time.monotonic()
                 text = f"{event.words}, step {event.done} of {event.total}"
                 yield [macros.progress(warnings, event.done / event.total, text, preview), *[gr.skip()] * 3]
+    if generation.is_cancelled:
+        yield [CANCELLED, *[gr.skip()] * 3]
+        return
     done = parts.note(f"Done in {time.monotonic() - began:.1f} s. Seed {wanted.seed}.")
     yield [Markup("").join([*map(parts.warning, warnings), done]), *[gr.skip()] * 3]
 
