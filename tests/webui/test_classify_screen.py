@@ -155,8 +155,10 @@ def edit_classes(page, screenshot):
     expect(page.locator("#classify-classes")).to_contain_text("10 images", timeout=SOON)
     choose(page, "#classify-class", "ruby")
     expect(boxes).to_have_count(10, timeout=SOON)
+    quiet(page)
     for place in range(4):
         boxes.nth(place).check()
+    quiet(page)
     page.locator("#classify-remove").click()
     page.locator("#classify-delete-yes").get_by_text("Delete 4 images").click()
     expect(page.locator("#classify-classes")).not_to_contain_text("10 images", timeout=SOON)
