@@ -21,6 +21,7 @@ from training.runs.fewshot_files import FewShotReport, ImagePrediction, Predicti
 from training.runs.naming import BASELINES, PIXELS, PROBE, ZERO_SHOT, method_name
 from training.runs.record import RunRecord
 from training.runs.snapshot import read_cached
+from webui import runs
 from webui.inference_worker import WORKER
 from webui.runs import RunView, views
 from webui.workspace import Workspace
@@ -58,7 +59,8 @@ def classifier_views(workspace: Workspace) -> list[RunView]:
 
 def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
     """The classifier with this id; None if there is none."""
-    return next((view for view in classifier_views(workspace) if view.id == run_id), None)
+    view = runs.view_of(workspace, run_id)
+    return view if view is not None and view.task == "classify" else None
 
 
 @dataclass(frozen=True)

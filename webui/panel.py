@@ -13,7 +13,7 @@ from training.options.values import Values, default_of, groups, merged, without
 from webui.context import QUIET, AppContext, show_errors
 from webui.draft import Draft
 from webui.form_schema import GROUP_TITLES, METHOD, form_fields, method_summary, typed, validated, written
-from webui.render import TEMPLATES, parts, render
+from webui.render import macros, parts, render
 from webui.tasks import Task
 from webui.workspace import Workspace
 
@@ -144,7 +144,7 @@ def settings_updates(task: Task, workspace: Workspace, draft: Draft) -> tuple[An
         command = task.command(workspace, draft)
     except InputError as error:
         command = f"# {' '.join(str(error).split())}"
-    reasons = TEMPLATES.get_template("check.html").module.preset(preset.purpose, values)
+    reasons = macros("check.html").preset(preset.purpose, values)
     return preset.name, reasons, gr.HTML(state=form_state(task, workspace, draft)), command
 
 

@@ -239,11 +239,10 @@ class SubjectTask(Task):
         """The pace of the newest finished run with the base model, or else of the built-in one as it was measured."""
         for run_id in workspace.run_ids()[:RECENT]:
             record = workspace.run(run_id)
-            model = record.options().get("model", {}).get("pretrained_model_name_or_path")
-            report = measured(record)
+            before, report = record.options(), measured(record)
+            model = before.get("model", {}).get("pretrained_model_name_or_path")
             if model != options.model.pretrained_model_name_or_path or report is None:
                 continue
-            before = record.options()
             batches = before["optimisation"]["train_batch_size"] * before["optimisation"]["gradient_accumulation_steps"]
             per_image = report.seconds_per_step / batches
             took = {phase.name: phase.seconds or 0.0 for phase in record.status().plan or ()}

@@ -33,7 +33,7 @@ from webui.generation import (
     toggle_favourite,
 )
 from webui.inference_worker import WORKER
-from webui.render import CRISP_SIDE, TEMPLATES, in_cache, parts
+from webui.render import CRISP_SIDE, in_cache, macros, parts
 from webui.runs import RunView
 from webui.workspace import Workspace
 
@@ -62,7 +62,7 @@ INSTRUCTIONS: dict[Layout, dict[str, str]] = {
     "full": {"PEFT, NoRA Vision": "Unpack the zip, and load its folder with load_adapter, as in the code below."},
     "compact": {"NoRA Vision": "Unpack the zip, and load its folder with load_adapter, as in the code below."},
 }
-macros: Any = TEMPLATES.get_template("use.html").module
+use = macros("use.html")
 
 
 class Gallery:
@@ -180,7 +180,7 @@ class Files:
         default = next((layout for layout in ("kohya", "full") if layout in layouts), None)
         choices = [(name, layout) for layout, (name, _) in names.items()]
         hidden = {each: type(each)(visible=False) for each in (self.card, self.workflow, self.code)}
-        formats = {self.formats: macros.formats(rows, warnings_of(view)), self.layout: gr.Radio(choices=choices, value=default)}
+        formats = {self.formats: use.formats(rows, warnings_of(view)), self.layout: gr.Radio(choices=choices, value=default)}
         return {**formats, **hidden}
 
     def wire(self, inputs: list[Any], request_of: Callable[..., GenerationRequest]) -> None:
@@ -233,7 +233,7 @@ def _card(view: RunView, wanted: GenerationRequest, layout: Layout, path: Path, 
     is_demo, is_native, weight = _is_demo(view), layout not in LORA_LAYOUTS, f"{wanted.adapters[0].scale:g}"
     instructions = {} if is_demo else INSTRUCTIONS[layout]
     rows = [(program, text.format(name=path.stem, weight=weight)) for program, text in instructions.items()]
-    card = macros.card(path.name, rows, trigger_of(view), weight, [DEMO] if is_demo else [])
+    card = use.card(path.name, rows, trigger_of(view), weight, [DEMO] if is_demo else [])
     workflow = gr.DownloadButton(visible=False)
     if layout == "kohya" and not is_demo:
         saved = folder / f"{path.stem}-comfyui.json"
