@@ -6,6 +6,7 @@ Gradio, the only folder that the server exposes.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections.abc import Callable
@@ -69,6 +70,13 @@ def render(name: str, **values: object) -> Markup:
 def sample_image(sample: Sample, alt: str = "", loading: str = "lazy") -> Markup:
     """A sample as an <img>."""
     return parts.image(thumbnail(sample.path), alt, "pixel" if sample.side <= CRISP_SIDE else "", loading)
+
+
+def data_url(image: Image.Image, quality: int = 90) -> str:
+    """A small image as a data URL, which leaves no file in the cache."""
+    content = io.BytesIO()
+    image.save(content, "webp", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def in_cache(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import time
@@ -25,7 +24,7 @@ from webui.context import QUIET, AppContext, show_errors
 from webui.datasets import Dataset
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER
-from webui.render import parts, render, thumbnail
+from webui.render import data_url, parts, render, thumbnail
 from webui.tasks import SUBJECT
 from webui.uploads import add_crop, add_photos
 from webui.workspace import Workspace
@@ -364,13 +363,7 @@ def first_screen() -> dict[str, list[tuple[str, ...]]]:
         for index in range(4):
             left, top = CELL_TOP[0] + CELL_STEP[0] * (first + index), CELL_TOP[1] + CELL_STEP[1] * row
             square.paste(sheet.crop((left, top, left + CELL, top + CELL)), (CELL * (index % 2), CELL * (index // 2)))
-        made.append((_data_url(square), title, alt))
+        made.append((data_url(square), title, alt))
     with zipfile.ZipFile(CLASSES) as archive:
         shapes = [Image.open(io.BytesIO(archive.read(f"{name}/00.jpg"))) for name in CLASS_NAMES]
-    return {"images": made, "classes": [(_data_url(image), name) for image, name in zip(shapes, CLASS_NAMES, strict=True)]}
-
-
-def _data_url(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "WEBP", quality=90)
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return {"images": made, "classes": [(data_url(image), name) for image, name in zip(shapes, CLASS_NAMES, strict=True)]}

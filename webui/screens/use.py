@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import re
 import secrets
 import time
@@ -15,7 +13,6 @@ from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
-from PIL import Image
 
 from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
@@ -37,7 +34,7 @@ from webui.generation import (
     steps_of,
 )
 from webui.inference_worker import WORKER
-from webui.render import TEMPLATES, parts
+from webui.render import data_url, macros, parts
 from webui.runs import RunView, view_of
 from webui.screens.use_results import ALL, Files, Gallery, gallery_of
 from webui.workspace import Workspace
@@ -57,7 +54,7 @@ CANCELLED = parts.note("Cancelled. Finished images are kept.")
 NO_RUN = parts.empty("There is no adapter yet.", "Add a few photos under Photos and train on them.")
 NO_STEP = parts.empty("This run has no adapter yet.", "The first checkpoint is saved after some steps. The page then updates.")
 CLASSIFIER = parts.empty("This run is a classifier.", "It generates no images. Use it under Classify, or choose a subject run.")
-macros: Any = TEMPLATES.get_template("use.html").module
+use = macros("use.html")
 
 
 class Generation:
@@ -279,7 +276,7 @@ class _Use:
         if session in GENERATIONS:
             raise InputError("Images are being generated. Wait until they are done, or cancel them.")
         GENERATIONS[session] = Generation()
-        bar = macros.progress([], None, "Waiting for the device")
+        bar = use.progress([], None, "Waiting for the device")
         chosen = secrets.randbelow(2**31) if seeding == RANDOM else seed
         return [gr.Button(interactive=False), gr.Button(visible=True), bar, chosen]
 
@@ -369,21 +366,14 @@ def _with_progress(workspace: Workspace, wanted: GenerationRequest, generation: 
             if isinstance(event, Path):
                 yield [gr.skip(), *gallery_of(workspace, False), ALL]
                 continue
-            preview = preview if event.preview is None else _inline(event.preview)
+            preview = preview if event.preview is None else data_url(event.preview, quality=80)
             warnings += event.warnings
             if event.done in (0, event.total) or time.monotonic() - updated > SECONDS_BETWEEN:
                 updated = time.monotonic()
                 text = f"{event.words}, step {event.done} of {event.total}"
-                yield [macros.progress(warnings, event.done / event.total, text, preview), *[gr.skip()] * 3]
+                yield [use.progress(warnings, event.done / event.total, text, preview), *[gr.skip()] * 3]
     if generation.is_cancelled:
         yield [CANCELLED, *[gr.skip()] * 3]
         return
     done = parts.note(f"Done in {time.monotonic() - began:.1f} s. Seed {wanted.seed}.")
     yield [Markup("").join([*map(parts.warning, warnings), done]), *[gr.skip()] * 3]
-
-
-def _inline(image: Image.Image) -> str:
-    """A small image as a data URL, which leaves no file in the cache."""
-    content = io.BytesIO()
-    image.save(content, "webp", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
