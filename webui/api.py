@@ -18,7 +18,7 @@ from gradio.utils import get_upload_folder
 from pipelines.errors import InputError
 from training.options.values import Values, merged
 from webui import launching, uploads
-from webui.context import AppContext, show_errors
+from webui.context import AppContext
 from webui.datasets import Dataset
 from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
@@ -37,7 +37,7 @@ def build_api(context: AppContext) -> None:
     api = Api(context.settings)
     endpoints = {"start": api.start, "status": api.status, "stop": api.stop, "list": api.list_runs}
     for name, endpoint in (endpoints | {"generate": api.generate, "classify": api.classify}).items():
-        gr.api(show_errors(endpoint), api_name=name)
+        gr.api(endpoint, api_name=name)
 
 
 @dataclass(frozen=True)

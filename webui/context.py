@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import html
-import inspect
 import logging
 import secrets
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
@@ -22,38 +20,20 @@ from webui.render import render, tile
 from webui.runs import RunView, views
 from webui.workspace import Settings, Workspace
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-def show_errors(handler: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Wrap an event handler (a function, generator or coroutine), so that the page shows its errors as one sentence.
+class Page(gr.Blocks):
+    """Blocks whose events show their errors as one sentence.
 
     An InputError is an error of the user and names the remedy. Any other error is logged under a short number that the page
-    shows. A generator that is closed, for example by a cancelled event, ends as it would without the wrapper.
+    shows.
     """
-    if inspect.isgeneratorfunction(handler):
 
-        @functools.wraps(handler)
-        def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Generator:
-            with _plain_errors():
-                return (yield from handler(*arguments, **named))
-
-    elif inspect.iscoroutinefunction(handler):
-
-        @functools.wraps(handler)
-        async def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            with _plain_errors():
-                return await handler(*arguments, **named)
-
-    else:
-
-        @functools.wraps(handler)
-        def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            with _plain_errors():
-                return handler(*arguments, **named)
-
-    return wrapped
+    async def call_function(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """The result of a function, or the next one of a generator, as in gr.Blocks."""
+        with _plain_errors():
+            return await super().call_function(*arguments, **named)
 
 
 @contextmanager
@@ -223,16 +203,13 @@ class AppContext:
             tab.select(partial(_identity, name), None, self.active_tab, **QUIET)
             tab.select(None, js=f"() => noraVision.refresh('{name}')", **QUIET)
 
-        @show_errors
         def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
             workspace = self.settings.workspace(request)
             return self.show(workspace, workspace.run(event._data.get("run")).path.name)
 
-        @show_errors
         def listed(run_id: str | None, train_id: str | None, request: gr.Request) -> Markup:
             return pickers(views(self.settings.workspace(request)), run_id, train_id)
 
-        @show_errors
         def relist(run_id: str | None, train_id: str | None, request: gr.Request) -> list[Any]:
             ids = self.settings.workspace(request).run_ids()
             if all(chosen is None or chosen in ids for chosen in (run_id, train_id)) and (train_id is not None or not ids):

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 import gradio as gr
 
 from webui.api import build_api
-from webui.context import CHOOSING, QUIET, REFRESH, AppContext, followed, show_errors
+from webui.context import CHOOSING, QUIET, REFRESH, AppContext, Page, followed
 from webui.draft import Draft
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.workspace import Settings
@@ -45,7 +45,7 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 
 def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
+    with Page(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         reopens_event_stream()
         gr.HTML(HEADER)
         context = _context(page, settings)
@@ -74,7 +74,6 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
     """Open the screen and select the run that the page's address names, and let page.js change the address."""
     query = gr.Textbox(visible=False)
 
-    @show_errors
     def open_address(query: str, run_id: str | None, request: gr.Request) -> list[object]:
         named = {name: values[-1] for name, values in parse_qs((query or "").removeprefix("?")).items()}
         tab = named.get("tab")

@@ -10,7 +10,7 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from training.options.values import Values, default_of, groups, merged, without
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.draft import Draft
 from webui.form_schema import GROUP_TITLES, METHOD, form_fields, method_summary, typed, validated, written
 from webui.render import macros, parts, render
@@ -152,7 +152,6 @@ def build_plan(context: AppContext, task: Task, draft: gr.BrowserState, changed:
     """Put the line into the screen `tab` that says what Train will do, or why it cannot start."""
     line = gr.HTML(elem_id=f"{tab}-plan")
 
-    @show_errors
     def describe(active_tab: str, stored: dict[str, Any], request: gr.Request) -> Any:
         if active_tab != tab:
             return gr.skip()

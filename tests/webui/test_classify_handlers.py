@@ -8,6 +8,7 @@ import pytest
 from class_folders import COLOURS, colour_folder, colour_set, colour_zip, coloured, finished_classifier
 from listeners import listener
 
+from pipelines.errors import InputError
 from webui import inference_jobs, launching
 from webui.datasets import Dataset
 from webui.page import build_page
@@ -62,7 +63,7 @@ def test_train_starts_the_displayed_command(page, workspace, tmp_path, monkeypat
 
 def test_no_run_starts_on_a_dataset_that_is_not_ready(page, workspace, tmp_path):
     dataset = colour_set(workspace, tmp_path / "given", each=2)
-    with pytest.raises(gr.Error, match="Training needs at least 3 per class"):
+    with pytest.raises(InputError, match="Training needs at least 3 per class"):
         listener(page, "classify", "begin")({**DRAFT, "set": dataset.id}, None)
 
 
@@ -91,7 +92,7 @@ def test_a_cell_opens_its_images_and_an_unknown_cell_is_refused(page, record):
     opened = listener(page, "classify_result", "open_cell")
     assert opened(record.path.name, NORA, gr.EventData(None, {"true": 0, "predicted": 1}), None).count("<img") == 2
     for strange in ({}, {"true": 0, "predicted": 7}, {"true": "0", "predicted": 1}, {"true": [0], "predicted": -1}):
-        with pytest.raises(gr.Error, match="belongs to another classifier"):
+        with pytest.raises(InputError, match="belongs to another classifier"):
             opened(record.path.name, None, gr.EventData(None, strange), None)
 
 

@@ -1,72 +1,50 @@
-"""An error of a handler is one sentence on the page, whether the handler returns, yields or awaits."""
-
-import asyncio
+"""An error of a listener is one sentence on the page, whether the listener returns or yields."""
 
 import gradio as gr
 import pytest
 from processes import apart
 
 from pipelines.errors import InputError
-from webui.context import show_errors
+from webui.context import Page
 
 
 def returning(error):
-    def handler():
-        raise error
-
-    return show_errors(handler)
+    raise error
 
 
 def yielding(error):
-    def handler():
-        yield 1
-        raise error
-
-    wrapped = show_errors(handler)
-    return lambda: list(wrapped())
+    yield 1
+    raise error
 
 
-def awaiting(error):
-    async def handler():
-        await asyncio.sleep(0)
-        raise error
+def happens(listener, error):
+    """An event of a page, until the listener raises `error`."""
 
-    wrapped = show_errors(handler)
-    return lambda: apart(wrapped())
+    async def event():
+        iterator = None
+        while True:
+            iterator = (await page.call_function(0, [error], iterator=iterator))["iterator"]
+
+    with Page() as page:
+        gr.Button().click(listener, gr.State(), gr.State())
+    apart(event())
 
 
-@pytest.mark.parametrize("kind", [returning, yielding, awaiting])
-def test_an_input_error_is_shown_with_names_escaped(kind):
+@pytest.mark.parametrize("listener", [returning, yielding])
+def test_an_input_error_is_shown_with_names_escaped(listener):
     with pytest.raises(gr.Error, match=r"&lt;b&gt; is too large\. Shrink it\."):
-        kind(InputError("<b> is too large. Shrink it."))()
+        happens(listener, InputError("<b> is too large. Shrink it."))
 
 
-@pytest.mark.parametrize("kind", [returning, yielding, awaiting])
-def test_any_other_error_is_shown_as_a_number_of_the_log(kind, caplog):
+@pytest.mark.parametrize("listener", [returning, yielding])
+def test_any_other_error_is_shown_as_a_number_of_the_log(listener, caplog):
     with pytest.raises(gr.Error, match=r"Internal error [0-9a-f]{6}") as raised:
-        kind(ValueError("/secret/path"))()
+        happens(listener, ValueError("/secret/path"))
     assert "secret" not in str(raised.value)
     assert "/secret/path" in caplog.text
 
 
-@pytest.mark.parametrize("kind", [returning, yielding, awaiting])
-def test_an_error_for_the_page_is_not_changed(kind):
+@pytest.mark.parametrize("listener", [returning, yielding])
+def test_an_error_for_the_page_is_not_changed(listener):
     with pytest.raises(gr.Error, match="as it is"):
-        kind(gr.Error("as it is"))()
-
-
-def test_closing_a_wrapped_generator_closes_the_handler_without_an_error():
-    closed = []
-
-    @show_errors
-    def handler():
-        try:
-            yield 1
-            yield 2
-        finally:
-            closed.append(True)
-
-    events = handler()
-    assert next(events) == 1
-    events.close()
-    assert closed
+        happens(listener, gr.Error("as it is"))

@@ -13,7 +13,7 @@ from pipelines.prompt_syntax import page_warnings
 from training.runs.record import RunRecord
 from training.runs.run_files import GB
 from webui import panel
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.datasets import Dataset
 from webui.draft import TRIGGER, Draft
 from webui.form_schema import validated
@@ -97,7 +97,6 @@ class _Handlers:
 
     context: AppContext
 
-    @show_errors
     def fill(self, stored: dict[str, Any], filled: str | None, request: gr.Request) -> tuple[Any, ...]:
         """Fill the fields if other photos were chosen or the settings were replaced; never what the user is typing."""
         workspace, draft = self._now(stored, request)
@@ -107,7 +106,6 @@ class _Handlers:
         settings = SUBJECT.settings(workspace, draft)
         return settings.trigger, settings.class_word or "", settings.scene_lines, key
 
-    @show_errors
     def show(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Everything that follows from the draft, or an error in place of each; skipped unless the screen is open."""
         if active_tab != "check":
@@ -123,18 +121,15 @@ class _Handlers:
             *cost,
         )
 
-    @show_errors
     def dry_run(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start a dry run, unless one is running or finished."""
         SUBJECT.start_dry_run(*self._now(stored, request))
         return _cost(*self._now(stored, request))
 
-    @show_errors
     def tick(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """The cost while it is measured."""
         return _cost(*self._now(stored, request))
 
-    @show_errors
     def start(self, stored: dict[str, Any], request: gr.Request) -> list[Any]:
         """Start the run and show it."""
         workspace, draft = self._now(stored, request)

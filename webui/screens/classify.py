@@ -9,7 +9,7 @@ import gradio as gr
 
 from webui import panel
 from webui.classifiers import classifier_views
-from webui.context import QUIET, AppContext, followed, show_errors
+from webui.context import QUIET, AppContext, followed
 from webui.draft import Draft
 from webui.labelled_datasets import find_classes, title
 from webui.render import parts
@@ -46,7 +46,6 @@ def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State)
     """Keep the list of classifiers up to date, and show the classifier that is selected on other screens."""
     last_elsewhere, refreshed = gr.State(None), app.refreshes["classify"]
 
-    @show_errors
     def renew(elsewhere: str | None, chosen: str | None, before: str | None, request: gr.Request) -> list[Any]:
         runs = classifier_views(app.settings.workspace(request))
         states = {view.id: view.state for view in runs}
@@ -74,7 +73,6 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
     panel.build_plan(app, CLASSIFY, draft, draft_changed, "classify")
     start = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
 
-    @show_errors
     def describe(active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """The dataset and the settings of the next run; skipped unless the tab is open."""
         if active_tab != "classify":
@@ -82,7 +80,6 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
         workspace = settings.workspace(request)
         return _about(workspace, stored), *panel.settings_updates(CLASSIFY, workspace, Draft.from_browser(stored))
 
-    @show_errors
     def begin(stored: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         run_id = CLASSIFY.start(workspace, Draft.from_browser(stored))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui.classifiers import share
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.datasets import Dataset
 from webui.draft import Draft
 from webui.inference_worker import WORKER, ZeroShotAccuracy
@@ -162,12 +162,10 @@ class _Images:
         device = {"concurrency_id": "device", "concurrency_limit": 1}
         updated.then(self.measure, [self.draft], [self.summary, self.cards], **device, **QUIET)
 
-    @show_errors
     def list_sets(self, draft: dict[str, Any], request: gr.Request) -> gr.Dropdown:
         """The datasets, with the draft's selected."""
         return _sets(self.app.settings.workspace(request), draft)
 
-    @show_errors
     def show_dataset(self, draft: dict[str, Any], key: str | None, request: gr.Request) -> list[Any]:
         """Updates of the components that show the draft's dataset, without its zero-shot accuracy."""
         workspace = self.app.settings.workspace(request)
@@ -184,7 +182,6 @@ class _Images:
             gr.Button(interactive=classes.is_ready),
         ]
 
-    @show_errors
     def measure(self, draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
         """The summary and the class cards, with the zero-shot accuracy of the built-in model."""
         classes = _classes_or_none(self.app.settings.workspace(request), draft)
@@ -193,7 +190,6 @@ class _Images:
         accuracy = WORKER.call("zero_shot", classes) if has_two else None
         return summary(classes, accuracy), class_cards(classes, accuracy)
 
-    @show_errors
     def take_zip(self, file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Add the class folders of a zip; the field is emptied whether it can be used or not."""
         if file is None:
@@ -205,7 +201,6 @@ class _Images:
             return gr.skip(), shared.warning(str(error)), None
         return {**draft, "set": dataset.folder.name}, upload_summary(added), None
 
-    @show_errors
     def take_images(self, name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Add images to a class."""
         if not files:
@@ -214,7 +209,6 @@ class _Images:
             added = add_images(dataset, files, dataset.add_class(name))
         return {**draft, "set": dataset.folder.name}, upload_summary(added), "", None
 
-    @show_errors
     def use_folder(self, path: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Use a folder on this machine as a dataset."""
         return {**draft, "set": point_to(self.app.settings.workspace(request), path)}, "", ""
@@ -234,7 +228,6 @@ class _Images:
                 dataset.delete()
             raise
 
-    @show_errors
     def show_class(self, key: str | None, draft: dict[str, Any], is_open: bool, request: gr.Request) -> list[Any]:
         """Updates of the components that show and edit the class `key`."""
         if not is_open:
@@ -255,7 +248,6 @@ class _Images:
             gr.Button(interactive=is_own),
         ]
 
-    @show_errors
     def choose(self, key: str, draft: dict[str, Any], event: gr.EventData, request: gr.Request) -> list[Any]:
         """Remember the chosen images, and offer what can be done with them."""
         files = {one.name for one in find_classes(*self.named(draft, request)).class_named(key).images}
@@ -265,13 +257,11 @@ class _Images:
         labels = (f"Move {count}", f"Delete {count}")
         return [chosen, gr.Dropdown(visible=has_any), *(gr.Button(label, visible=has_any) for label in labels)]
 
-    @show_errors
     def rename_class_to(self, key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
         """Rename a class; a local folder itself is not changed."""
         rename_class(Dataset.of(*self.named(draft, request)), key, name)
         return ""
 
-    @show_errors
     def move_chosen(self, chosen: list[str], target: str, draft: dict[str, Any], request: gr.Request) -> str:
         """Move images to another class."""
         dataset = self.free(draft, request)
@@ -279,7 +269,6 @@ class _Images:
             dataset.move_to_class(file, target)
         return ""
 
-    @show_errors
     def ask(self, what: str, key: str, chosen: list[str], draft: dict[str, Any], request: gr.Request) -> list[Any]:
         """Ask whether to delete the chosen images, a class or the dataset."""
         classes = find_classes(*self.named(draft, request))
@@ -292,7 +281,6 @@ class _Images:
             label = f"Delete {len(chosen)} image{'' if len(chosen) == 1 else 's'}"
         return [what, gr.Row(visible=True), gr.Button(label)]
 
-    @show_errors
     def delete_asked(self, what: str, key: str, chosen: list[str], draft: dict[str, Any], request: gr.Request) -> tuple[Any, str]:
         """Delete what was asked about."""
         dataset = self.free(draft, request)

@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from training.runs.fewshot_files import ImagePrediction
 from webui import classifiers
 from webui.classifiers import DOWNLOADS, Result, method_name, result_of, share, source_of, view_of
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.plots import Plot, line_plot
 from webui.render import TEMPLATES, parts, tile
 from webui.runs import RunView
@@ -59,7 +59,6 @@ def build(app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
     """
     outputs, settings, seen = _layout(), app.settings, gr.State(None)
 
-    @show_errors
     def refresh(run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = view_of(settings.workspace(request), run_id)
         result = None if view is None else result_of(view.record, trial)
@@ -70,7 +69,6 @@ def build(app: AppContext, run: gr.Dropdown, opened: gr.State) -> None:
             return [gr.HTML(pending(view), visible=True), gr.Column(visible=False), *[gr.skip()] * (len(outputs) - 2), now]
         return [gr.HTML(visible=False), gr.Column(visible=True), *_updates(result), now]
 
-    @show_errors
     def open_cell(run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> Markup:
         return _clicked_cell(result_of(settings.workspace(request).run(run_id), trial), event)
 

@@ -17,7 +17,7 @@ from training.options.values import merged
 from training.runs.record import RunRecord
 from webui import launching
 from webui.classifiers import named_source, result_of, share, view_of, write_table
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.datasets import Dataset
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import EXAMPLES, dataset_of_run, uploaded_classes
@@ -81,7 +81,6 @@ class _Use:
         gr.render(inputs=[self.rows, self.run], triggers=[self.rows.change], show_progress="hidden")(self.render_cards)
         self.table = gr.DownloadButton("Table of predictions (CSV)", visible=False, elem_id="classify-new-table")
 
-    @show_errors
     def refresh(self, run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
         """Show the classifier, without the predictions of another one."""
         view = view_of(self.app.settings.workspace(request), run_id)
@@ -94,7 +93,6 @@ class _Use:
         choices, hidden = method_choices(result, list(result.same_split())), gr.DownloadButton(visible=False)
         return [gr.HTML(visible=False), gr.Column(visible=True), choices, None, gr.skip(), [], hidden, now]
 
-    @show_errors
     def classify_one(self, run_id: str, trial: str | None, file: str | None, request: gr.Request) -> Markup:
         """The likeliest classes of the one image."""
         if file is None:
@@ -102,7 +100,6 @@ class _Use:
         (row,) = WORKER.call("classify", self.app.settings.workspace(request).run(run_id), [file], trial, LIVE_TOP)
         return prediction(row, "large")
 
-    @show_errors
     def classify(self, run_id: str, trial: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         """The predictions for many images, and a table of them."""
         if len(files or []) > MOST:
@@ -135,7 +132,6 @@ class _Use:
             inputs = [self.run, draft, self.rows, *answers]
             again.click(self.train_again, inputs, outputs, api_visibility="private", concurrency_limit=1)
 
-    @show_errors
     def train_again(self, run_id: str, draft: Any, rows: list[dict[str, Any]], request: gr.Request, *answers: str) -> list[Any]:
         """Start a run with the images whose true class was given, and show its progress."""
         workspace = self.app.settings.workspace(request)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pipelines.errors import InputError
 from training.runs.naming import method_name
 from training.subject.measured import Sample, sampled_steps, samples
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.plots import COLOURS, Plot, line_plot, running_mean
@@ -171,18 +171,15 @@ def build(context: AppContext) -> None:
     """Put this part into the open tab."""
     settings, components, sent = context.settings, _layout(), gr.State(None)
 
-    @show_errors
     def choices(before: Any, request: gr.Request) -> list[Any]:
         now = [(view.label, view.id) for view in views(settings.workspace(request))]
         return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
 
     context.refreshes["runs"].click(choices, sent, [components["chosen"], sent], trigger_mode="multiple", **QUIET)
 
-    @show_errors
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:
         return _compared(comparable(settings.workspace(request), ids or []))
 
-    @show_errors
     def plot_runs(ids: list[str], request: gr.Request) -> list[Any]:
         return [plot.update().make() for plot in plots(comparable(settings.workspace(request), ids)).values()]
 
@@ -194,7 +191,6 @@ def build(context: AppContext) -> None:
 
 
 def _build_generation(settings: Settings, components: dict[str, Any]) -> None:
-    @show_errors
     def generate_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
         workspace = settings.workspace(request)
         for table in generated_with_all(workspace, comparable(workspace, ids or []), prompt, int(seed or 0)):

@@ -17,7 +17,7 @@ from pipelines.images import labelled_grid
 from training.runs.preferences import Preference, Preferences
 from training.runs.run_files import COPY_THRESHOLD, FOLDS, Suggestion
 from training.subject.measured import Sample, heldout_curve, sample_scores, sampled_steps, samples, saved_steps, subject_images
-from webui.context import QUIET, AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
+from webui.context import QUIET, AppContext, LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.generation import steps_of
 from webui.plots import COLOURS, MARKED, Plot, line_plot
 from webui.render import enlarged, macros, parts, sample_image
@@ -264,23 +264,19 @@ def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     outputs, chosen, seen = _layout(), gr.State(None), gr.State({})
 
-    @show_errors
     def refresh(run_id: str | None, before: Choices | None, seen: dict[str, Hashable], request: gr.Request) -> list[Any]:
         view = view_of(context.settings.workspace(request), run_id)
         now = None if view is None or view.task == "classify" else choices_of(view, before)
         parts_now = dict.fromkeys(outputs, LazyUpdate(None, gr.skip)) | content(view, now)
         return [*updates(parts_now, seen, outputs), now, keys(parts_now)]
 
-    @show_errors
     def select(before: Choices, event: gr.EventData) -> Choices:
         # The base model is always on the left.
         return replace(before, step=int(event.step) or before.step, prompt=int(event.prompt))
 
-    @show_errors
     def prefer(before: Choices, event: gr.EventData, request: gr.Request) -> Choices:
         return record_choice(RunView(context.settings.workspace(request).run(before.run_id)), before, event.side)
 
-    @show_errors
     def use(before: Choices, request: gr.Request) -> list[Any]:
         steps = steps_of(context.settings.workspace(request).run(before.run_id))
         # Use may not have been refreshed since the step was saved, and Gradio refuses a value that is not among the choices.

@@ -20,7 +20,7 @@ from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from pipelines.subject.folder_names import words_of
 from webui import machine, panel
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.datasets import Dataset
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER
@@ -142,7 +142,6 @@ class _Handlers:
 
     context: AppContext
 
-    @show_errors
     def show(self, stored: dict[str, Any], sent: list[str], request: gr.Request) -> tuple[Any, ...]:
         """The current photos, before the image checks are done."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
@@ -155,12 +154,10 @@ class _Handlers:
             return (gr.skip(),) * (1 + len(VIEW))
         return gr.skip(), *_view(photos, draft)
 
-    @show_errors
     def forget(self, stored: dict[str, Any]) -> dict[str, Any]:
         """The draft without photos that no longer exist."""
         return replace(Draft.from_browser(stored), set=None, previous_set=None).to_browser()
 
-    @show_errors
     def examine(self, stored: dict[str, Any], sent: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
         """The cards with the results of the image checks; skipped if they are on the page already.
 
@@ -174,7 +171,6 @@ class _Handlers:
             return gr.skip(), gr.skip()
         return _examined(photos, draft), now
 
-    @show_errors
     def add(self, stored: dict[str, Any], files: str | list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         """Add files, or a photo of the camera; unusable ones are refused with a reason."""
         if not files:
@@ -183,7 +179,6 @@ class _Handlers:
             added = add_photos(photos, [files] if isinstance(files, str) else files)
         return draft.to_browser(), None, _message([*added.refused, *added.notes]), *_view(photos, draft)
 
-    @show_errors
     def act(self, stored: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
         """Move, remove, caption or begin to crop the photos whose button was clicked."""
         action, files = str(event.action), [str(file) for file in event.files]
@@ -198,7 +193,6 @@ class _Handlers:
                 photos.move(files[0], {"earlier": -1, "later": 1}[action])
         return draft.to_browser(), _message([]), gr.skip(), *_view(photos, draft, _examined(photos, draft))
 
-    @show_errors
     def crop(self, stored: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
         """Add the chosen square as a new photo, or close the editor."""
         if event.action != "save":
@@ -207,7 +201,6 @@ class _Handlers:
             add_crop(photos, str(event.file), float(event.x), float(event.y), float(event.side))
         return draft.to_browser(), _message([]), "", *_view(photos, draft)
 
-    @show_errors
     def change_to(self, stored: dict[str, Any], wanted: str, request: gr.Request) -> tuple[Any, ...]:
         """Switch between the user's photos and the example."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
@@ -217,7 +210,6 @@ class _Handlers:
             draft = replace(draft, set=_existing(workspace, draft.previous_set) or workspace.new_image_set().name)
         return draft.to_browser(), _message([]), *_view(Dataset.of(workspace, draft.set), draft)
 
-    @show_errors
     def choose_model(self, stored: dict[str, Any], model: str, path: str, request: gr.Request) -> tuple[Any, ...]:
         """Store the base model in the draft."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
@@ -235,7 +227,6 @@ class _Handlers:
             updates[VIEW.index("model")], updates[VIEW.index("path")] = gr.skip(), gr.Textbox(visible=True)
         return draft.to_browser(), *updates
 
-    @show_errors
     def start(self, stored: dict[str, Any], request: gr.Request) -> list[Any]:
         """Start the run, or ask for the class word if it is missing."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)

@@ -9,7 +9,7 @@ import gradio as gr
 
 from training.runs.naming import LONGEST_TITLE, set_title
 from webui import launching
-from webui.context import CHOOSING, QUIET, RELIST, AppContext, LazyUpdate, button, face, keys, show_errors, text, updates
+from webui.context import CHOOSING, QUIET, RELIST, AppContext, LazyUpdate, button, face, keys, text, updates
 from webui.draft import Draft
 from webui.render import render
 from webui.runs import KINDS, RunView, views
@@ -30,7 +30,6 @@ def build(context: AppContext) -> None:
     # The run that the confirmation is about, even if another one is selected meanwhile.
     asked = gr.State(None)
 
-    @show_errors
     def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
         now = contents(context.settings.workspace(request), run_id)
         return [*updates(now, seen, now), keys(now)]
@@ -39,7 +38,6 @@ def build(context: AppContext) -> None:
     refreshing = {"fn": refresh, "inputs": [selected, seen], "outputs": outputs, **QUIET}
     context.refreshes["runs"].click(trigger_mode="always_last", **refreshing)
 
-    @show_errors
     def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
         run_id = event._data.get("run")
         return [run_id, None, gr.Group(visible=False), *context.show(context.settings.workspace(request), run_id)]
@@ -47,7 +45,6 @@ def build(context: AppContext) -> None:
     chosen = components["list"].select(choose, None, [selected, asked, components["confirm"], *context.outputs], **QUIET)
     chosen.then(**refreshing)
 
-    @show_errors
     def rename(run_id: str | None, title: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         if run_id is not None:
@@ -107,7 +104,6 @@ def cards(runs: list[RunView], run_id: str | None) -> str:
 def _acting(context: AppContext, action: str) -> Callable[..., list[Any]]:
     """The handler of a button but Delete; it returns updates of the context's outputs and of both drafts."""
 
-    @show_errors
     def act(run_id: str | None, subject: object, classes: object, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         view, drafts, tab = RunView(workspace.run(run_id)), [gr.skip(), gr.skip()], None
@@ -141,12 +137,10 @@ def _wire_deleting(
 ) -> None:
     confirm, question = components["confirm"], components["question"]
 
-    @show_errors
     def ask_first(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
         view = RunView(context.settings.workspace(request).run(run_id))
         return view.id, gr.Group(visible=True), render("runs_question.html", run=view)
 
-    @show_errors
     def delete(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
         workspace = context.settings.workspace(request)
         launching.delete(workspace, run_id)

@@ -13,7 +13,7 @@ from training.runs.run_files import CROSS_VALIDATION, FOLDS, GB, DryRunReport, I
 from training.runs.run_log import log_tail
 from training.subject.measured import heldout_curve, newest_sheet, sampled_steps, samples, subject_images
 from webui import launching
-from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, show_errors, text, updates
+from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.plots import PALE, Plot, line_plot, running_mean, value_tables
 from webui.render import render, sample_image, thumbnail
 from webui.runs import RunView, duration, view_of
@@ -126,7 +126,6 @@ def build(context: AppContext) -> None:
     components = _layout()
     seen, log_open = gr.State({}), gr.State(False)
 
-    @show_errors
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
         now = contents(view_of(context.settings.workspace(request), run_id), log_open)
         return [*updates(now, seen, components), keys(now)]
@@ -146,7 +145,6 @@ def build(context: AppContext) -> None:
             **refreshing
         )
 
-    @show_errors
     def open_result(run_id: str, request: gr.Request) -> list[Any]:
         view = RunView(context.settings.workspace(request).run(run_id))
         return context.show(context.settings.workspace(request), run_id, RESULTS[view.task][0])
@@ -157,7 +155,6 @@ def build(context: AppContext) -> None:
 def _acting(context: AppContext, action: str) -> Callable[[str, gr.Request], list[Any]]:
     """The handler of a button that acts on the run."""
 
-    @show_errors
     def act(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         if action in ("stop", "resume"):

@@ -20,7 +20,7 @@ from pipelines.prompt_syntax import page_warnings
 from pipelines.subject.generation_request import SAMPLERS, BlockScales, GenerationRequest, ScaledAdapter
 from training.runs.naming import default_title
 from webui import uploads
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.generation import (
     FILE,
     GeneratedImages,
@@ -197,7 +197,6 @@ class _Use:
         fields = [self.context.step, self.fields["prompt"], self.suggestions, self.fields["size"]]
         return [self.seen, self.empty, self.form, *fields, *(slot[0] for slot in self.slots[1:]), *self.files.outputs]
 
-    @show_errors
     def refresh(self, run_id: str | None, seen: Any, chosen: Any, request: gr.Request) -> dict[Any, Any]:
         return self.updates(self.context.settings.workspace(request), run_id, seen, chosen)
 
@@ -239,7 +238,6 @@ class _Use:
             **{slot[0]: gr.Dropdown(choices=choices, value="") for slot in self.slots[1:]},
         }
 
-    @show_errors
     def add_file(self, request: gr.Request, file: str, run_id: str | None, *references: Any) -> list[Any]:
         workspace = self.context.settings.workspace(request)
         copy, notes = uploads.add_adapter(workspace, file)
@@ -270,7 +268,6 @@ class _Use:
         changed = {self.context.run, self.context.chosen, self.seeding, *self._run_outputs(), *self.inputs[2:]}
         self.images.again.click(self.reuse, [self.images.selected, self.context.run], changed, **QUIET)
 
-    @show_errors
     def begin(self, seeding: str, seed: Any, request: gr.Request) -> list[Any]:
         session = str(request.session_hash)
         if session in GENERATIONS:
@@ -280,17 +277,14 @@ class _Use:
         chosen = secrets.randbelow(2**31) if seeding == RANDOM else seed
         return [gr.Button(interactive=False), gr.Button(visible=True), bar, chosen]
 
-    @show_errors
     def stop(self, request: gr.Request) -> str:
         if (generation := GENERATIONS.get(str(request.session_hash))) is not None:
             generation.cancel()
         return CANCELLED
 
-    @show_errors
     def generate_images(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         yield from self._generated(request, lambda workspace: request_of(workspace, *values))
 
-    @show_errors
     def generate_variations(self, request: gr.Request, name: str) -> Iterator[list[Any]]:
         def wanted(workspace: Workspace) -> GenerationRequest:
             settings, _ = settings_of(GeneratedImages.of(workspace).find(name))
@@ -306,7 +300,6 @@ class _Use:
         finally:
             GENERATIONS.pop(session, None)
 
-    @show_errors
     def reuse(self, name: str, run_id: str | None, request: gr.Request) -> dict[Any, Any]:
         """Set all fields to the settings of an image, and select its run."""
         workspace = self.context.settings.workspace(request)

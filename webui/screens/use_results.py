@@ -19,7 +19,7 @@ from pipelines.methods import DEFAULT, method_named
 from pipelines.subject.generation_request import GenerationRequest
 from pipelines.subject.usage import comfyui_workflow, python_code
 from training.runs.naming import default_title, file_stem, title_of
-from webui.context import QUIET, AppContext, show_errors
+from webui.context import QUIET, AppContext
 from webui.generation import (
     LAYOUTS,
     GeneratedImages,
@@ -90,24 +90,20 @@ class Gallery:
         self.favourite.click(self._mark, chosen, [*self.outputs, self.favourite], **QUIET)
         self.delete.click(self._delete, chosen, [*self.outputs, self.actions], **QUIET)
 
-    @show_errors
     def _show(self, which: str, request: gr.Request) -> list[Any]:
         return gallery_of(self.context.settings.workspace(request), which == FAVOURITES)
 
-    @show_errors
     def _select(self, event: gr.SelectData, request: gr.Request) -> list[Any]:
         images = GeneratedImages.of(self.context.settings.workspace(request))
         path = images.find(Path(str(event.value["image"]["path"])).name)
         return [path.name, _details(settings_of(path)[0]), gr.Row(visible=True), _favourite_button(path)]
 
-    @show_errors
     def _mark(self, name: str, which: str, request: gr.Request) -> list[Any]:
         workspace = self.context.settings.workspace(request)
         path = GeneratedImages.of(workspace).find(name)
         toggle_favourite(path)
         return [*gallery_of(workspace, which == FAVOURITES), _favourite_button(path)]
 
-    @show_errors
     def _delete(self, name: str, which: str, request: gr.Request) -> list[Any]:
         workspace = self.context.settings.workspace(request)
         delete_image(GeneratedImages.of(workspace).find(name))
@@ -197,7 +193,6 @@ class Files:
             created.success(None, js=SAVE, api_visibility="private")
 
     def _handler(self, is_merged: bool, request_of: Callable[..., GenerationRequest]) -> Callable[..., list[Any]]:
-        @show_errors
         def save(request: gr.Request, layout: Layout, run_id: str, step: int, prompt: str, *values: Any) -> list[Any]:
             workspace = self.context.settings.workspace(request)
             view = RunView(workspace.run(run_id))
