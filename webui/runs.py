@@ -46,7 +46,7 @@ Point = tuple[float, float]
 PHASES = {
     LOADING: ("Loading the model", "Preparing"),
     ENCODING: ("Encoding the photos into latents", "Preparing"),
-    SAMPLING: ("Generating images before the training", "Images before"),
+    SAMPLING: ("Generating images before the training", "Preparing"),
     CLASS_IMAGES: ("Generating class images for prior preservation", "Preparing"),
     DRY_RUN: ("Dry run: three steps, to measure time and memory", "Preparing"),
     CALIBRATING: ("Calibrating: measuring the model's activations on your photos, to initialise the adapter", "Preparing"),
@@ -60,6 +60,7 @@ PHASES = {
     FITTING: ("Training", "Training"),
     REPORTING: ("Writing the report", "Report"),
 }
+STARTING = "Starting: loading the libraries takes a few seconds"
 KINDS = {"subject": "Subject", "classify": "Classifier"}
 # Errors whose messages are written for users.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
@@ -155,8 +156,8 @@ class RunView(RunSnapshot):
         """Its state in words."""
         seconds = self.status.seconds
         sentences = {
-            "queued": in_queue(self.runs_before) if self.runs_before else "Next in the queue",
-            "starting": "Starting: loading the libraries takes a few seconds",
+            "queued": in_queue(self.runs_before) if self.runs_before else STARTING,
+            "starting": STARTING,
             "running": self.phase,
             "done": "Done" if seconds is None else f"Done in {duration(seconds)}",
         }

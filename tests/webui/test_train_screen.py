@@ -73,7 +73,7 @@ def test_a_run_whose_share_is_unknown_has_a_bar_without_a_value(workspace):
 
 
 def test_the_plan_of_a_run_shows_what_is_done_and_what_follows(workspace):
-    names = ["loading", "sampling", "cross_validation", "cross_validation", "training", "exporting", "comparing"]
+    names = ["loading", "sampling", "dry run", "cross_validation", "cross_validation", "training", "exporting", "comparing"]
     plan = [{"name": name, "number": None, "seconds": 1.0} for name in names]
     run = run_in(workspace.runs / "a", phase="cross_validation", fold=2, folds=4, total=None, plan=plan)
     part = run_in(run.path / "folds" / "1", steps=30, total=60)
@@ -81,8 +81,7 @@ def test_the_plan_of_a_run_shows_what_is_done_and_what_follows(workspace):
     assert "Cross-validation, fold 2 of 4" in found["state"].key
     marks = re.findall(r'<li class="(\w+)"[^>]*>([^<]+)', found["state"].key)
     assert marks == [
-        ("done", "Preparing"), ("done", "Images before"), ("now", "Cross-validation"),
-        ("later", "Training"), ("later", "Export"), ("later", "Scoring"),
+        ("done", "Preparing"), ("now", "Cross-validation"), ("later", "Training"), ("later", "Export"), ("later", "Scoring"),
     ]  # fmt: skip
     assert found["loss"].key == contents(view(part))["loss"].key
     assert found["loss"].key is not None

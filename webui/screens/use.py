@@ -253,14 +253,15 @@ class _Use:
     def _wire_generation(self) -> None:
         at_once, seed = {"queue": False, **QUIET}, self.fields["seed"]
         buttons = [self.generate, self.cancel, self.bar]
-        on_device = {**QUIET, "concurrency_limit": 1, "concurrency_id": "device", "show_progress": "minimal"}
+        # The bar is on the page itself; Gradio would fade it until the first step.
+        on_device = {**QUIET, "concurrency_limit": 1, "concurrency_id": "device"}
         for events, handler, inputs, seeding in (
             ([self.generate.click, self.fields["prompt"].submit], self.generate_images, self.inputs, self.seeding),
             ([self.images.vary.click], self.generate_variations, [self.images.selected], gr.State(SAME)),
         ):
             begun = gr.on(events, self.begin, [seeding, seed], [*buttons, seed], **at_once)
             outputs = [self.bar, *self.images.outputs, self.images.filter]
-            running = begun.success(handler, inputs, outputs, show_progress_on=[self.bar], **on_device)
+            running = begun.success(handler, inputs, outputs, **on_device)
             running.then(lambda: [gr.Button(interactive=True), gr.Button(visible=False)], None, buttons[:2], **at_once)
             running.failure(lambda: "", None, self.bar, **at_once)
         self.cancel.click(self.stop, None, self.bar, **at_once)
