@@ -193,8 +193,10 @@ class SubjectTraining:
         limit = self.options.output.memory_limit_gb
         run_dry_run(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
         if (report := DryRunReport.read(self.run.path)) is not None and not self.options.output.dry_run:
-            measured = (self.run.progress.measured(name) for name in (SAMPLING, LOADING))
-            self.run.progress.estimate(plan.estimated_seconds(self.options, report.seconds_per_step, *measured))
+            sampling, loading = map(self.run.progress.measured, (SAMPLING, LOADING))
+            image = report.seconds_per_step / self.options.optimisation.images_per_step
+            pace = plan.Pace(image, sampling / len(self.options.output.validation_prompt), loading)
+            self.run.progress.estimate(plan.estimated_seconds(self.options, pace))
 
     def start(self) -> None:
         """Initialise the adapter from the base model and the subject, unless this is done."""

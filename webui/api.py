@@ -199,7 +199,6 @@ def _with_images(workspace: Workspace, task: str, options: Values, files: list[P
     if added.refused:
         raise InputError(added.refused[0])
     if task == "subject":
-        dataset.seal()
         return merged(options, {"data": {"instance_data_dir": str(dataset.folder.absolute())}})
     classes = uploaded_classes(dataset)
     if not classes.is_ready:

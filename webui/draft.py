@@ -1,20 +1,26 @@
-"""The settings of the next runs. The browser stores them, so that a reload restores them; they are checked before use.
+"""The settings of the next runs: a preset, and what the user changed.
 
-Words, preset and options belong to a dataset: each dataset has its own, and new images begin with the defaults.
+The browser stores them, so that a reload restores them; they are checked before use. Words, preset and options belong to a
+dataset: each dataset has its own, and new images begin with the defaults.
 """
 
 from __future__ import annotations
 
 import re
 import time
+import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import InputError
+from pipelines.methods import DEFAULT, REFERENCE, title_of
 from training.options import NEW_SCENES
 from training.options.data import SAMPLE_PROMPT
+from training.options.values import Values, merged
 
 PROMPT = re.compile(r"a photo of (\S+) (.+)")
 TRIGGER, SAMPLE_CLASS = PROMPT.fullmatch(SAMPLE_PROMPT).groups()
@@ -22,6 +28,63 @@ WORD = re.compile(r"[^\W_][\w'-]{0,29}")
 # The settings of the bundled subject are stored under this id.
 EXAMPLE = "example"
 MAX_PROMPTS, PROMPT_LENGTH, MAX_STORED = 11, 300, 30
+
+
+@dataclass(frozen=True)
+class Value:
+    """One option's value in presets; see presets.toml.
+
+    Args:
+        presets: the names of the presets that have it.
+        option: its group and its name, as "data.shots".
+        value: the value of the option.
+        reason: the reason, one sentence.
+        below: it applies to datasets with fewer images; None for all.
+    """
+
+    presets: list[str]
+    option: str
+    value: Any
+    reason: str
+    below: int | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of option values.
+
+    Args:
+        name: the display name.
+        summary: the display name's supplement.
+        purpose: when to use it.
+        values: its option values; all others are the trainer's defaults.
+    """
+
+    name: str
+    summary: str
+    purpose: str
+    values: tuple[Value, ...]
+
+    def of(self, num_images: int) -> Iterator[Value]:
+        """The values for a dataset of so many images."""
+        return (each for each in self.values if each.below is None or num_images < each.below)
+
+    def options(self, num_images: int) -> Values:
+        """The option values by group and name."""
+        values = [(*each.option.split("."), each.value) for each in self.of(num_images)]
+        return merged(*({group: {name: value}} for group, name, value in values))
+
+
+def presets_of(task: str) -> tuple[Preset, ...]:
+    """The presets of a task, in order."""
+    names = {"default": DEFAULT, "reference": REFERENCE}
+    titles = {f"{key}_title": title_of(name) for key, name in names.items()}
+    text = Path(__file__).with_name("presets.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text.format(**names, **titles))[task]
+    values = [Value(**each) for each in table["values"]]
+    return tuple(
+        Preset(**each, values=tuple(value for value in values if each["name"] in value.presets)) for each in table["presets"]
+    )
 
 
 @dataclass(frozen=True)
@@ -68,27 +131,23 @@ class RunSettings:
     def check_words(self) -> None:
         """Raises: InputError for the first invalid word or prompt."""
         trigger, words, scenes = self.trigger.strip(), self.kind.split(), self.scenes or []
-        wrong = {
-            f"The trigger word must be one word of at most 30 letters and digits, such as sks, got {trigger[:40]!r}.": (
-                not WORD.fullmatch(trigger)
-            ),
-            "The class word under Check is empty. Enter what the photos show, such as dog, toy or mug.": not words,
-            f"The class word must be one to four plain words, such as dog or coffee mug, got {self.kind[:40]!r}.": (
-                len(words) > 4 or not all(map(WORD.fullmatch, words))
-            ),
-            f"The trigger word and the class word are both {trigger!r}. Use a rare word such as sks as trigger word.": (
-                trigger.lower() in map(str.lower, words)
-            ),
-            f"At most {MAX_PROMPTS} preview prompts are allowed, got {len(scenes)}. Remove some lines.": len(scenes)
-            > MAX_PROMPTS,
-        }
+        if not WORD.fullmatch(trigger):
+            allowed = "one word of at most 30 letters and digits, such as sks"
+            raise InputError(f"The trigger word must be {allowed}, got {trigger[:40]!r}.")
+        if not words:
+            raise InputError("The class word under Check is empty. Enter what the photos show, such as dog, toy or mug.")
+        if len(words) > 4 or not all(map(WORD.fullmatch, words)):
+            allowed = "one to four plain words, such as dog or coffee mug"
+            raise InputError(f"The class word must be {allowed}, got {self.kind[:40]!r}.")
+        if trigger.lower() in map(str.lower, words):
+            remedy = "Use a rare word such as sks as trigger word."
+            raise InputError(f"The trigger word and the class word are both {trigger!r}. {remedy}")
+        if len(scenes) > MAX_PROMPTS:
+            raise InputError(f"At most {MAX_PROMPTS} preview prompts are allowed, got {len(scenes)}. Remove some lines.")
         for scene in scenes:
-            sentence = (
-                f"A preview prompt must have at most {PROMPT_LENGTH} characters and not begin with a hyphen, got {scene[:40]!r}"
-            )
-            wrong[f"{sentence} with {len(scene)}. Change it."] = len(scene) > PROMPT_LENGTH or scene.startswith("-")
-        if sentence := next((sentence for sentence, is_wrong in wrong.items() if is_wrong), None):
-            raise InputError(sentence)
+            if len(scene) > PROMPT_LENGTH or scene.startswith("-"):
+                allowed = f"at most {PROMPT_LENGTH} characters and not begin with a hyphen"
+                raise InputError(f"A preview prompt must have {allowed}, got {scene[:40]!r} with {len(scene)}. Change it.")
 
 
 @dataclass(frozen=True)
@@ -118,6 +177,11 @@ class Draft:
     def to_browser(self) -> dict[str, Any]:
         """As JSON values for the browser to store, with the settings of at most `MAX_STORED` datasets."""
         return asdict(replace(self, settings=dict(list(self.settings.items())[-MAX_STORED:])))
+
+    def settings_of(self, key: str) -> RunSettings:
+        """The settings of the dataset `key`. The class word of the example is known."""
+        settings = self.settings.get(key, RunSettings())
+        return replace(settings, class_word=SAMPLE_CLASS) if key == EXAMPLE and settings.class_word is None else settings
 
     def with_settings(self, key: str, settings: RunSettings) -> Draft:
         """The draft with other settings of the dataset `key`."""

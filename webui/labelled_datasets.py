@@ -222,11 +222,15 @@ def rename_class(dataset: Dataset, key: str, name: str) -> None:
 
 def dataset_of_run(workspace: Workspace, record: RunRecord) -> str | None:
     """The id of the classes that a run was trained on; None if they are outside of the workspace, or gone."""
-    given = record.options().get("data", {}).get("data_dir")
+    return dataset_in(workspace, record.options().get("data", {}).get("data_dir"))
+
+
+def dataset_in(workspace: Workspace, folder: str | None) -> str | None:
+    """The id of the classes that the option data_dir names; None if they are outside of the workspace, or gone."""
     for name, (_, path) in EXAMPLES.items():
-        if given == (None if path is None else str(path)):
+        if folder == (None if path is None else str(path)):
             return name
-    path = Path(given)
+    path = Path(folder)
     if path.parent == workspace.sets.absolute():
         return path.name if (path / SET).is_file() else None
     ids = class_datasets(workspace)

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -26,22 +25,19 @@ from filelock import FileLock, Timeout
 from pipelines.built_in import IS_CHECKOUT, ROOT, import_path
 from pipelines.errors import InputError
 from pipelines.run_file import ResolvedOptions
-from training.options.values import changed, flags
+from training.options.values import Values, changed, flags
 from training.runs import run_requests
 from training.runs.record import RunRecord
 from training.runs.run_files import Launch
 from training.runs.run_log import LOG, START
 from training.runs.waiting import CLEARED, QUEUE
+from webui.datasets import Dataset
 from webui.form_schema import validated
 from webui.inference_worker import WORKER
 from webui.runs import RunView
 from webui.workspace import Workspace
 
-# The working directory is the root of a checkout. An installed package has none, so its recipes have absolute paths.
-RECIPES = {
-    task: path if IS_CHECKOUT else str(ROOT / path)
-    for task, path in {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}.items()
-}
+RECIPES = {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}
 LAUNCHER = "accelerate"
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
@@ -52,11 +48,10 @@ REFUSALS: dict[str, str] = {
     "save": "A checkpoint can be requested while a run trains.",
     "delete": "An active run cannot be deleted. Stop it first.",
 }
-Values = dict[str, dict[str, Any]]
 
 
 def start(workspace: Workspace, task: str, options: Values) -> str:
-    """Start a run; returns its id.
+    """Start a run; returns its id. Uploaded photos that it is to train on cannot be changed from now on.
 
     Args:
         task: "subject" or "classify".
@@ -65,10 +60,13 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     """
     values, _ = validated(workspace, task, options)
     flags(task, values)
+    photos = values.get("data", {}).get("instance_data_dir")
+    if photos is not None and Path(photos).parent == workspace.sets.absolute():
+        Dataset(Path(photos)).seal()
     path = workspace.new_run().absolute()
     words = command(task, values, path)
     Launch(task, words, time.time(), values).write(path)
-    _spawn(workspace, path, words, _launch_folder(workspace))
+    _spawn(workspace, path, words)
     return path.name
 
 
@@ -82,7 +80,7 @@ def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) 
     values, _ = validated(workspace, task, options)
     words = [*command(task, values, path.absolute()), "--dry_run"]
     path.mkdir(parents=True)
-    _spawn(workspace, path.absolute(), words, _launch_folder(workspace))
+    _spawn(workspace, path.absolute(), words)
 
 
 def command(task: str, options: Values, output_dir: Path) -> list[str]:
@@ -90,12 +88,9 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
 
     Raises: InputError for a value that cannot be written on a command line.
     """
-    return [LAUNCHER, "launch", RECIPES[task], *flags(task, options), "--output_dir", str(output_dir)]
-
-
-def shown_command(words: Sequence[str]) -> str:
-    """A command as text for a shell."""
-    return shlex.join(words)
+    # The working directory is the root of a checkout. An installed package has none.
+    recipe = RECIPES[task] if IS_CHECKOUT else str(ROOT / RECIPES[task])
+    return [LAUNCHER, "launch", recipe, *flags(task, options), "--output_dir", str(output_dir)]
 
 
 def resume(workspace: Workspace, run_id: str) -> None:
@@ -106,9 +101,9 @@ def resume(workspace: Workspace, run_id: str) -> None:
     record = workspace.run(run_id)
     with _locked(record):
         view = _view_that_allows(record, "resume")
-        words, folder = _resuming(workspace, view)
+        words = _resuming(workspace, view)
         run_requests.forget(record)
-        _spawn(workspace, record.path.absolute(), words, folder)
+        _spawn(workspace, record.path.absolute(), words, from_terminal=view.launch.options is None)
 
 
 def stop(workspace: Workspace, run_id: str) -> None:
@@ -167,25 +162,18 @@ def delete(workspace: Workspace, run_id: str) -> None:
             shutil.rmtree(folder)
 
 
-def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
-    """The command that resumes a run, and the working directory for it."""
+def _resuming(workspace: Workspace, view: RunView) -> list[str]:
+    """The command that resumes a run."""
     path = view.record.path.absolute()
     if view.launch.options is not None:
         validated(workspace, view.task, view.launch.options)
-        return [*command(view.task, view.launch.options, path), *RESUMING], _launch_folder(workspace)
+        return [*command(view.task, view.launch.options, path), *RESUMING]
     if not view.options:
         raise InputError("This run ended before it recorded its options. Start it again with its original command.")
     processes = view.status.processes or 1
     several = ["--num_processes", str(processes)] if processes > 1 else []
     options = ["--options_file", str(path / ResolvedOptions.NAME), "--output_dir", str(path)]
-    # Paths given in a terminal are relative to its working directory, where runs/ is by default.
-    words = [LAUNCHER, "launch", *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
-    return words, workspace.all_runs.absolute().parent
-
-
-def _launch_folder(workspace: Workspace) -> Path:
-    """The working directory of the page's commands."""
-    return ROOT if IS_CHECKOUT else workspace.all_runs.absolute().parent
+    return [LAUNCHER, "launch", *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
 
 
 def _view_that_allows(record: RunRecord, action: str) -> RunView:
@@ -212,17 +200,23 @@ def _locked(record: RunRecord) -> Iterator[None]:
         raise InputError("Another request is starting or deleting this run. Try again in a moment.") from None
 
 
-def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path) -> None:
-    """Start a process that waits in the queue and then runs the command."""
+def _spawn(workspace: Workspace, path: Path, words: Sequence[str], from_terminal: bool = False) -> None:
+    """Start a process that waits in the queue and then runs the command.
+
+    Args:
+        from_terminal: its relative paths are those of a terminal's working directory, where runs/ is by default.
+    """
     WORKER.free_gpu()
     # Until the process writes a status of its own, so that the page shows the run at once.
     queued = replace(RunRecord(path).status(), state="queued", pid=None, pid_started=None, heartbeat=time.time(), **CLEARED)
     queued.write(path)
-    queue = workspace.all_runs.absolute() / QUEUE
-    waiter = [sys.executable, "-P", "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_with_launcher(words)]
+    all_runs = workspace.all_runs.absolute()
+    folder = ROOT if IS_CHECKOUT and not from_terminal else all_runs.parent
+    waiter = [sys.executable, "-P", "-m", "training.runs.waiting", str(path), "--queue", str(all_runs / QUEUE), "--"]
+    waiter += _with_launcher(words)
     environment = os.environ | import_path()
     with (path / LOG).open("a", encoding="utf-8") as log:
-        log.write(f"{START}{shown_command(words)}\n")
+        log.write(f"{START}{shlex.join(words)}\n")
         log.flush()
         process = subprocess.Popen(
             waiter, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from pipelines.errors import InputError
-from training.options.values import Values, default_of, groups, merged, without
+from pipelines.methods import equation_of, method_names, title_of
+from training.options.values import Values, defaults, groups, merged, without
 from webui.context import QUIET, AppContext
 from webui.draft import Draft
-from webui.form_schema import GROUP_TITLES, METHOD, form_fields, method_summary, typed, validated, written
+from webui.form_schema import GROUP_TITLES, METHOD, OptionError, form_fields, typed, validated, written
 from webui.render import macros, parts, render
 from webui.tasks import Task
 from webui.workspace import Workspace
@@ -20,19 +20,6 @@ from webui.workspace import Workspace
 SCRIPT = Path(__file__).with_name("form.js").read_text(encoding="utf-8")
 STORE_OPTIONS = "(draft) => withSettings(draft, '{task}', {{options: trainingOptions.{task}}})"
 STORE_FIELD = "(draft, value) => withSettings(draft, '{task}', {{{name}: {value}}})"
-
-
-def build_form(task: Task, draft: gr.BrowserState, is_local: bool) -> gr.HTML:
-    """Put the form into the page. A screen updates it by `gr.HTML(state=form_state(...))`."""
-    by_group = [(group, GROUP_TITLES[group], fields) for group, fields in form_fields(task.name, is_local).items()]
-    form = gr.HTML(
-        render("form.html", task=task.name, groups=by_group),
-        js_on_load=SCRIPT,
-        elem_id=f"{task.name}-form",
-        state=None,
-    )
-    form.input(None, [draft], [draft], js=STORE_OPTIONS.format(task=task.name), api_visibility="private")
-    return form
 
 
 def store(
@@ -55,41 +42,39 @@ def form_key(task: Task, workspace: Workspace, draft: Draft) -> str:
 
 def form_state(task: Task, workspace: Workspace, draft: Draft) -> dict[str, Any]:
     """What the form shows beside the user's values, which it shows only if its key has changed."""
-    settings, key = task.settings(workspace, draft), task.key(workspace, draft)
-    preset, num_images = task.preset(settings), task.num_images(workspace, key)
-    of_preset = preset.options(num_images)
+    settings, num_images = task.settings(workspace, draft), task.num_images(workspace, draft)
+    preset = task.preset(settings)
+    before = merged(defaults(task.name), preset.options(num_images))
     errors, resolved = _errors_and_resolved(task, workspace, draft)
-    base = _base(task, workspace, of_preset, without(resolved, settings.options))
-    (methods,) = [fields[METHOD] for fields in merged(_defaults(task), of_preset, settings.options).values() if METHOD in fields]
-    notes = {f"{each.group}.{each.field}": f"{preset.name}: {each.reason}" for each in preset.of(num_images)}
-    if isinstance(methods, str):
-        notes[f"adapter.{METHOD}"] = method_summary(methods)
+    (methods,) = [fields[METHOD] for fields in merged(before, settings.options).values() if METHOD in fields]
+    notes = {each.option: f"{preset.name}: {each.reason}" for each in preset.of(num_images)}
+    if methods in method_names():
+        notes[f"adapter.{METHOD}"] = f"{title_of(methods)}: {equation_of(methods)}"
     return {
         "key": form_key(task, workspace, draft),
-        "set": key,
+        "set": task.key(workspace, draft),
         "values": settings.options,
-        "base": base,
-        "sources": {name: preset.name for name in notes},
+        "base": _base(task, workspace, before, without(resolved, settings.options)),
+        "sources": {each.option: preset.name for each in preset.of(num_images)},
         "notes": notes,
         "errors": errors,
         "methods": [methods] if isinstance(methods, str) else methods,
     }
 
 
-def _base(task: Task, workspace: Workspace, of_preset: Values, resolved: Values) -> dict[str, Any]:
-    """What an empty field means: the value of the preset, the default, or what the trainer decides."""
+def _base(task: Task, workspace: Workspace, before: Values, resolved: Values) -> dict[str, Any]:
+    """What an empty field means: the value of the preset, the default, or what the trainer decides; choices as they are."""
     base = {}
     for group, fields in form_fields(task.name, workspace.is_local).items():
-        for name in [field.name for field in fields]:
-            value = of_preset.get(group, {}).get(name, default_of(groups(task.name)[group][name]))
-            text = _as_text(name, resolved.get(group, {}).get(name) if value is None else value)
-            if text:
-                base[f"{group}.{name}"] = text
-    return base
+        for field in fields:
+            value = before[group][field.name]
+            value = resolved.get(group, {}).get(field.name) if value is None else value
+            base[f"{group}.{field.name}"] = value if field.kind == "choices" else written(value)
+    return {option: value for option, value in base.items() if value}
 
 
 def _errors_and_resolved(task: Task, workspace: Workspace, draft: Draft) -> tuple[dict[str, str], Values]:
-    """The errors by field, "" for those of several fields together; and all options of the run, none if there are errors."""
+    """The errors by option, "" for those of several options together; and all options of the run, none if there are errors."""
     errors: dict[str, str] = {}
     for group, fields in task.settings(workspace, draft).options.items():
         for name in fields.keys() & groups(task.name).get(group, {}).keys():
@@ -101,23 +86,10 @@ def _errors_and_resolved(task: Task, workspace: Workspace, draft: Draft) -> tupl
         return errors, {}
     try:
         return {}, validated(workspace, task.name, task.values(workspace, draft))[1].to_dict()
+    except OptionError as error:
+        return {error.option: str(error)}, {}
     except InputError as error:
-        flag = re.match(r"[^.]*\(--(\w+)\)", str(error))
-        about = [f"{group}.{flag[1]}" for group, fields in groups(task.name).items() if flag and flag[1] in fields]
-        return {(about or [""])[0]: str(error)}, {}
-
-
-def _defaults(task: Task) -> Values:
-    return {group: {name: default_of(option) for name, option in fields.items()} for group, fields in groups(task.name).items()}
-
-
-def _as_text(name: str, value: Any) -> Any:
-    """A value of preset or default as the form shows it: several choices as they are, anything else as text."""
-    if name == METHOD and isinstance(value, list):
-        return value
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return written(value)
+        return {"": str(error)}, {}
 
 
 def build_settings(task: Task, draft: gr.BrowserState, is_local: bool, prefix: str) -> list[gr.components.Component]:
@@ -126,7 +98,11 @@ def build_settings(task: Task, draft: gr.BrowserState, is_local: bool, prefix: s
     preset = gr.Radio(choices, value=task.default_preset, label="Preset", elem_id=f"{prefix}-preset")
     store(task, draft, preset, "preset")
     reasons = gr.HTML(elem_id=f"{prefix}-reasons")
-    form = build_form(task, draft, is_local)
+    by_group = [(group, GROUP_TITLES[group], fields) for group, fields in form_fields(task.name, is_local).items()]
+    form = gr.HTML(
+        render("form.html", task=task.name, groups=by_group), js_on_load=SCRIPT, elem_id=f"{task.name}-form", state=None
+    )
+    form.input(None, [draft], [draft], js=STORE_OPTIONS.format(task=task.name), api_visibility="private")
     with gr.Accordion("Command", open=False, elem_id=f"{prefix}-command-shown"):
         gr.HTML(parts.note("Train runs exactly this command. You can also run it in a terminal."))
         command = gr.Code(
@@ -137,14 +113,16 @@ def build_settings(task: Task, draft: gr.BrowserState, is_local: bool, prefix: s
 
 def settings_updates(task: Task, workspace: Workspace, draft: Draft) -> tuple[Any, ...]:
     """The updates of the components of `build_settings`."""
-    preset, num_images = task.preset(task.settings(workspace, draft)), task.num_images(workspace, task.key(workspace, draft))
-    labels = {field.name: field.label for fields in form_fields(task.name, workspace.is_local).values() for field in fields}
-    values = [(f"{labels[each.field]} {written(each.value)}", each.reason) for each in preset.of(num_images)]
+    preset = task.preset(task.settings(workspace, draft))
+    by_group = form_fields(task.name, workspace.is_local)
+    labels = {f"{group}.{field.name}": field.label for group, fields in by_group.items() for field in fields}
+    values = preset.of(task.num_images(workspace, draft))
+    rows = [(f"{labels[each.option]} {written(each.value)}", each.reason) for each in values]
     try:
         command = task.command(workspace, draft)
     except InputError as error:
         command = f"# {' '.join(str(error).split())}"
-    reasons = macros("check.html").preset(preset.purpose, values)
+    reasons = macros("check.html").preset(preset.purpose, rows)
     return preset.name, reasons, gr.HTML(state=form_state(task, workspace, draft)), command
 
 

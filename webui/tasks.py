@@ -4,45 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
+import shlex
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
+
 from pipelines.built_in import is_built_in, portable_name
 from pipelines.errors import InputError
-from pipelines.subject.heldout import num_folds
+from pipelines.subject.heldout import MIN_IMAGES_TO_HOLD_OUT, num_folds
 from training.options import SubjectOptions
 from training.options.data import SAMPLE_PROMPT
 from training.options.fewshot import ALL, FewShotOptions
-from training.options.values import Options, Values, default_of, groups, merged, without
+from training.options.values import Options, Values, defaults, merged, without
 from training.runs.record import RunRecord
-from training.runs.run_files import LOADING, SAMPLING, DryRunReport
+from training.runs.run_files import GB, DryRunReport
 from training.runs.snapshot import RunSnapshot
-from training.subject.plan import estimated_seconds, phases
-from webui import launching, machine, presets
+from training.subject.plan import Pace, estimated_seconds, phases
+from webui import launching
 from webui.datasets import Dataset
-from webui.draft import EXAMPLE, PROMPT, SAMPLE_CLASS, Draft, RunSettings
+from webui.draft import EXAMPLE, PROMPT, Draft, Preset, RunSettings, presets_of
 from webui.form_schema import SET_BY_THE_PAGE, validated
-from webui.labelled_datasets import EXAMPLES, LabelledClasses, class_datasets, find_classes
-from webui.presets import Preset
+from webui.labelled_datasets import EXAMPLES, LabelledClasses, class_datasets, dataset_in, find_classes
+from webui.runs import duration
 from webui.workspace import Workspace
 
 # A hidden folder below the runs, so that it is not listed as one.
 DRY_RUNS, NEW_RUN = ".rehearsals", "NEW-RUN"
 # The runs whose pace may be that of the next one.
 RECENT = 20
-# Seconds with the built-in model on one core: see `presets`.
-DEMO_PACE = {"step_seconds": 0.23, "sampling_seconds": 6.0, "loading_seconds": 4.0}
-DEMO_CLASSIFIER_STEP, DEMO_CLASSIFIER_START = 0.45, 10.0
+# With the built-in model on one core: see presets.toml.
+DEMO_PACE = Pace(image=0.23 / 4, sample=1.2, loading=4.0)
+# For each image that is trained on or encoded, and for the start. The three presets on the digits took 75, 193 and 336 s on two
+# idle cores (estimated: 77, 183 and 330 s).
+CLASSIFIER_TRAINED, CLASSIFIER_ENCODED, CLASSIFIER_START = 0.38 / 32, 0.006, 5.0
 MOST_VALIDATION = 4
+GPU_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 # The recipe's default steps per training image of a class with the built-in model, and the most steps of a preset.
 BUILT_IN_STEPS, MOST_STEPS = 10, 400
 
 
 class Task:
-    """A task of the page. A subclass says what is true of one of the two."""
+    """A task of the page. A subclass implements what is not implemented here."""
 
     name: ClassVar[str]
     # The option that names the folder of the images.
@@ -54,42 +64,33 @@ class Task:
         """The id of the draft's dataset, by which its settings are stored."""
         raise NotImplementedError
 
-    def num_images(self, workspace: Workspace, key: str) -> int:
-        """The number of images of a dataset."""
+    def num_images(self, workspace: Workspace, draft: Draft) -> int:
+        """The number of images of the draft's dataset."""
         raise NotImplementedError
-
-    def defaults(self, key: str) -> RunSettings:
-        """The settings of a dataset before the user has changed any."""
-        return RunSettings()
 
     def check(self, workspace: Workspace, draft: Draft) -> None:
         """Raises: InputError if a run cannot be started on the draft's dataset or with its words."""
         raise NotImplementedError
 
-    def complete(self, workspace: Workspace, key: str, settings: RunSettings, values: Values) -> Values:
+    def complete(self, workspace: Workspace, draft: Draft, values: Values) -> Values:
         """`values` of preset and user, with those that the dataset and the words determine."""
         raise NotImplementedError
 
-    def title(self, settings: RunSettings, key: str) -> str:
-        """What is trained, in a few words."""
+    def predict(self, workspace: Workspace, draft: Draft, options: Options) -> tuple[str, str | None, float | None]:
+        """What is trained, the base model (None for the built-in one), and in how many seconds (None if that is unknown)."""
         raise NotImplementedError
 
-    def model(self, options: Options) -> str | None:
-        """The name of the base model; None for the built-in one."""
+    def set_of_folder(self, workspace: Workspace, folder: str | None) -> str | None:
+        """The id of the dataset in `folder`; None if it is not one of the user's."""
         raise NotImplementedError
 
-    def seconds(self, workspace: Workspace, draft: Draft, options: Options) -> float | None:
-        """The estimated duration of a run; None if nothing like it was measured."""
-        raise NotImplementedError
+    def words_of(self, options: Values) -> RunSettings:
+        """The words of an earlier run."""
+        return RunSettings()
 
     def settings(self, workspace: Workspace, draft: Draft) -> RunSettings:
         """The settings of the draft's dataset."""
-        return self.settings_of(self.key(workspace, draft), draft)
-
-    def settings_of(self, key: str, draft: Draft) -> RunSettings:
-        """The settings of the dataset `key`."""
-        settings, defaults = draft.settings.get(key, RunSettings()), self.defaults(key)
-        return replace(settings, class_word=defaults.class_word) if settings.class_word is None else settings
+        return draft.settings_of(self.key(workspace, draft))
 
     def preset(self, settings: RunSettings) -> Preset:
         """The chosen preset, or else the default."""
@@ -98,17 +99,15 @@ class Task:
 
     def values(self, workspace: Workspace, draft: Draft) -> Values:
         """All options of the next run that were chosen or depend on the dataset, not checked."""
-        return self._values(workspace, self.key(workspace, draft), self.settings(workspace, draft))
-
-    def _values(self, workspace: Workspace, key: str, settings: RunSettings) -> Values:
-        preset = self.preset(settings).options(self.num_images(workspace, key))
-        return self.complete(workspace, key, settings, merged(preset, settings.options))
+        settings = self.settings(workspace, draft)
+        preset = self.preset(settings).options(self.num_images(workspace, draft))
+        return self.complete(workspace, draft, merged(preset, settings.options))
 
     def command(self, workspace: Workspace, draft: Draft) -> str:
         """The command that `start` runs, as it is typed into a shell. Raises: InputError for an invalid option."""
         self.check(workspace, draft)
         values, _ = validated(workspace, self.name, self.values(workspace, draft))
-        return launching.shown_command(launching.command(self.name, values, workspace.runs / NEW_RUN))
+        return shlex.join(launching.command(self.name, values, workspace.runs / NEW_RUN))
 
     def start(self, workspace: Workspace, draft: Draft) -> str:
         """Start the run; returns its id. Raises: InputError for an invalid option, before anything is started."""
@@ -121,17 +120,10 @@ class Task:
         settings, (_, options) = self.settings(workspace, draft), validated(workspace, self.name, self.values(workspace, draft))
         changes = sum(map(len, settings.options.values()))
         changed = [f"{changes} {'setting' if changes == 1 else 'settings'} changed"] if changes else []
-        model, seconds = self.model(options), self.seconds(workspace, draft, options)
-        unknown = "time not measured yet" if machine.gpu() else "hours on this CPU"
-        took = unknown if seconds is None else f"about {_rounded(seconds)}"
-        parts = [
-            self.title(settings, self.key(workspace, draft)),
-            self.preset(settings).name,
-            *changed,
-            _model_title(model),
-            took,
-        ]
-        return " · ".join(parts)
+        what, model, seconds = self.predict(workspace, draft, options)
+        unknown = "time not measured yet" if gpu() else "hours on this CPU"
+        took = unknown if seconds is None else f"about {duration(seconds)}"
+        return " · ".join([what, self.preset(settings).name, *changed, _model_title(model), took])
 
     def like(self, workspace: Workspace, draft: Draft, options: Values, set_id: str | None) -> Draft:
         """The draft of another run with the options of an earlier one; the preset is the one with the fewest changes.
@@ -140,36 +132,18 @@ class Task:
             options: of the earlier run, those that differ from the defaults.
             set_id: its dataset; None for the example, or if it is gone.
         """
-        key = self.key(workspace, Draft(set_id))
-        words, given = self.words_of(options, key), without(options, SET_BY_THE_PAGE[self.name])
-        candidates = [self._with_preset(workspace, key, replace(words, preset=each.name), given) for each in self.presets]
-        best = min(candidates, key=lambda settings: sum(map(len, settings.options.values())))
-        return replace(draft.with_settings(key, best), set=set_id, previous_set=None)
-
-    def words_of(self, options: Values, key: str) -> RunSettings:
-        """The words of an earlier run."""
-        return self.defaults(key)
-
-    def set_of_folder(self, workspace: Workspace, folder: str | None) -> str | None:
-        """The id of the dataset in `folder`; None if it is not one of the user's."""
-        if folder is None or Path(folder).parent != workspace.sets.absolute():
-            return None
-        try:
-            return workspace.image_set(Path(folder).name).name
-        except InputError:
-            return None
-
-    def _with_preset(self, workspace: Workspace, key: str, settings: RunSettings, given: Values) -> RunSettings:
-        """The settings whose options, together with those of the preset, are `given`."""
-        of_preset = without(self._values(workspace, key, settings), SET_BY_THE_PAGE[self.name])
-        changed: Values = {}
-        for group, fields in groups(self.name).items():
-            for name, option in fields.items():
-                default = default_of(option)
-                value = given.get(group, {}).get(name, default)
-                if value != of_preset.get(group, {}).get(name, default):
-                    changed.setdefault(group, {})[name] = value
-        return replace(settings, options=changed)
+        draft, by_the_page = replace(draft, set=set_id, previous_set=None), SET_BY_THE_PAGE[self.name]
+        key, given, candidates = self.key(workspace, draft), merged(defaults(self.name), without(options, by_the_page)), []
+        for preset in self.presets:
+            settings = replace(self.words_of(options), preset=preset.name)
+            values = self.values(workspace, draft.with_settings(key, settings))
+            of_preset = merged(defaults(self.name), without(values, by_the_page))
+            changed = {
+                group: {name: given[group][name] for name, value in fields.items() if given[group][name] != value}
+                for group, fields in of_preset.items()
+            }
+            candidates.append(replace(settings, options=merged(changed)))
+        return draft.with_settings(key, min(candidates, key=lambda settings: sum(map(len, settings.options.values()))))
 
 
 class SubjectTask(Task):
@@ -177,30 +151,36 @@ class SubjectTask(Task):
 
     name = "subject"
     image_folder = "instance_data_dir"
-    presets = presets.SUBJECT
+    presets = presets_of("subject")
     default_preset = "Balanced"
 
     def key(self, workspace: Workspace, draft: Draft) -> str:
         """The id of the photos."""
         return draft.set or EXAMPLE
 
-    def num_images(self, workspace: Workspace, key: str) -> int:
+    def num_images(self, workspace: Workspace, draft: Draft) -> int:
         """The number of photos."""
-        return len(_photos(workspace, key).photos())
+        return len(Dataset.of(workspace, draft.set).photos())
 
-    def defaults(self, key: str) -> RunSettings:
-        """No class word, except for the example."""
-        return RunSettings(class_word=SAMPLE_CLASS) if key == EXAMPLE else RunSettings()
+    def set_of_folder(self, workspace: Workspace, folder: str | None) -> str | None:
+        """The id of the photos in `folder`; None if they are not among the user's datasets."""
+        if folder is None or Path(folder).parent != workspace.sets.absolute():
+            return None
+        try:
+            return workspace.image_set(Path(folder).name).name
+        except InputError:
+            return None
 
     def check(self, workspace: Workspace, draft: Draft) -> None:
         """Raises: InputError without photos or with invalid words."""
-        if not self.num_images(workspace, self.key(workspace, draft)):
+        if not self.num_images(workspace, draft):
             raise InputError("There are no photos yet. Add three to ten photos of one subject under Photos.")
         self.settings(workspace, draft).check_words()
 
-    def complete(self, workspace: Workspace, key: str, settings: RunSettings, values: Values) -> Values:
+    def complete(self, workspace: Workspace, draft: Draft, values: Values) -> Values:
         """Add the photos and the prompts."""
-        data: dict[str, Any] = {} if key == EXAMPLE else {"instance_data_dir": str(_photos(workspace, key).folder)}
+        settings, photos = self.settings(workspace, draft), Dataset.of(workspace, draft.set)
+        data: dict[str, Any] = {} if photos.is_example else {"instance_data_dir": str(photos.folder)}
         if data or settings.prompt != SAMPLE_PROMPT:
             data["instance_prompt"] = settings.prompt
         if values.get("data", {}).get("with_prior_preservation") in (True, "true"):
@@ -208,57 +188,27 @@ class SubjectTask(Task):
         output = {} if settings.scenes is None else {"validation_prompt": settings.prompts}
         return merged(without(values, SET_BY_THE_PAGE[self.name]), {"data": data, "output": output})
 
-    def title(self, settings: RunSettings, key: str) -> str:
-        """The trigger word and the class word."""
-        return f"{settings.trigger.strip()} {settings.kind}"
+    def predict(self, workspace: Workspace, draft: Draft, options: SubjectOptions) -> tuple[str, str | None, float | None]:
+        """The trigger word and the class word, the base model, and the sum of all phases from loading to verification."""
+        settings, model = self.settings(workspace, draft), options.model.pretrained_model_name_or_path
+        pace, dry_run = self._pace(workspace, model), Pace.measured(self.dry_run(workspace, draft))
+        if pace is not None and dry_run is not None:
+            pace = replace(pace, image=dry_run.image)
+        seconds = None if pace is None else subject_seconds(options, self.num_images(workspace, draft), pace)
+        return f"{settings.trigger.strip()} {settings.kind}", None if is_built_in(model) else model, seconds
 
-    def model(self, options: SubjectOptions) -> str | None:
-        """The base model."""
-        name = options.model.pretrained_model_name_or_path
-        return None if is_built_in(name) else name
-
-    def start(self, workspace: Workspace, draft: Draft) -> str:
-        """Seal the photos, and start the run."""
-        self.check(workspace, draft)
-        validated(workspace, self.name, self.values(workspace, draft))
-        _photos(workspace, self.key(workspace, draft)).seal()
-        return super().start(workspace, draft)
-
-    def seconds(self, workspace: Workspace, draft: Draft, options: SubjectOptions) -> float | None:
-        """The sum of all phases: the images before training, cross-validation, training, scoring, export and verification."""
-        pace = self._pace(workspace, options)
-        if (report := measured(self.dry_run(workspace, draft))) is not None:
-            pace = {**(pace or DEMO_PACE), "step_seconds": report.seconds_per_step} if pace or not self.model(options) else None
-        if pace is None:
-            return None
-        images = self.num_images(workspace, self.key(workspace, draft))
-        plan, seconds = phases(options, num_folds(images, options.data.heldout_image)), estimated_seconds(options, **pace)
-        return sum(seconds.get(phase.name, 0.0) for phase in plan)
-
-    def _pace(self, workspace: Workspace, options: SubjectOptions) -> dict[str, float] | None:
+    def _pace(self, workspace: Workspace, model: str) -> Pace | None:
         """The pace of the newest finished run with the base model, or else of the built-in one as it was measured."""
-        for run_id in workspace.run_ids()[:RECENT]:
-            record = workspace.run(run_id)
-            before, report = record.options(), measured(record)
-            model = before.get("model", {}).get("pretrained_model_name_or_path")
-            if model != options.model.pretrained_model_name_or_path or report is None:
-                continue
-            batches = before["optimisation"]["train_batch_size"] * before["optimisation"]["gradient_accumulation_steps"]
-            per_image = report.seconds_per_step / batches
-            took = {phase.name: phase.seconds or 0.0 for phase in record.status().plan or ()}
-            prompts = len(options.output.validation_prompt) / max(1, len(before["output"]["validation_prompt"]))
-            batch = options.optimisation.train_batch_size * options.optimisation.gradient_accumulation_steps
-            return {
-                "step_seconds": per_image * batch,
-                "sampling_seconds": took.get(SAMPLING, 0.0) * prompts,
-                "loading_seconds": took.get(LOADING, 0.0),
-            }
-        return DEMO_PACE if self.model(options) is None else None
+        for record in map(workspace.run, workspace.run_ids()[:RECENT]):
+            is_same = record.options().get("model", {}).get("pretrained_model_name_or_path") == model
+            if is_same and (pace := Pace.measured(record)) is not None:
+                return pace
+        return DEMO_PACE if is_built_in(model) else None
 
-    def words_of(self, options: Values, key: str) -> RunSettings:
+    def words_of(self, options: Values) -> RunSettings:
         """The words of an earlier run's prompts."""
-        words = PROMPT.fullmatch(options.get("data", {}).get("instance_prompt") or "")
-        settings = RunSettings(trigger=words[1], class_word=words[2]) if words else self.defaults(key)
+        words = PROMPT.fullmatch(options.get("data", {}).get("instance_prompt") or SAMPLE_PROMPT)
+        settings = RunSettings(trigger=words[1], class_word=words[2]) if words else RunSettings()
         prompts = options.get("output", {}).get("validation_prompt")
         if prompts in (None, settings.prompts):
             return settings
@@ -271,7 +221,7 @@ class SubjectTask(Task):
         Raises: InputError for an invalid option.
         """
         values, _ = validated(workspace, self.name, self.values(workspace, draft))
-        content = json.dumps([values, _photos(workspace, self.key(workspace, draft)).signature()], sort_keys=True)
+        content = json.dumps([values, Dataset.of(workspace, draft.set).signature()], sort_keys=True)
         return RunRecord(workspace.runs / DRY_RUNS / hashlib.sha256(content.encode()).hexdigest()[:20])
 
     def start_dry_run(self, workspace: Workspace, draft: Draft) -> None:
@@ -290,7 +240,7 @@ class ClassifyTask(Task):
 
     name = "classify"
     image_folder = "data_dir"
-    presets = presets.CLASSIFY
+    presets = presets_of("classify")
     default_preset = "Fast"
 
     def key(self, workspace: Workspace, draft: Draft) -> str:
@@ -298,41 +248,34 @@ class ClassifyTask(Task):
         datasets = class_datasets(workspace)
         return draft.set if draft.set in (*EXAMPLES, *datasets) else next(iter(datasets), next(iter(EXAMPLES)))
 
-    def num_images(self, workspace: Workspace, key: str) -> int:
+    def num_images(self, workspace: Workspace, draft: Draft) -> int:
         """The number of images of all classes."""
-        return find_classes(workspace, key).count
+        return self._classes(workspace, draft).count
 
     def set_of_folder(self, workspace: Workspace, folder: str | None) -> str | None:
-        """The id of the dataset in `folder`, or of an example."""
-        examples = {None if path is None else str(path.absolute()): key for key, (_, path) in EXAMPLES.items()}
-        return examples.get(folder) or super().set_of_folder(workspace, folder)
+        """The id of the classes in `folder`, uploaded or in a local folder, or of an example."""
+        return dataset_in(workspace, folder)
 
     def check(self, workspace: Workspace, draft: Draft) -> None:
         """Raises: InputError if the classes are not ready."""
-        classes = find_classes(workspace, self.key(workspace, draft))
+        classes = self._classes(workspace, draft)
         if not classes.is_ready:
             raise InputError(classes.warnings()[0])
 
-    def complete(self, workspace: Workspace, key: str, settings: RunSettings, values: Values) -> Values:
+    def complete(self, workspace: Workspace, draft: Draft, values: Values) -> Values:
         """Add the images, and adapt what the user did not choose to their number."""
-        return fitted(find_classes(workspace, key), values, settings.options)
+        return fitted(self._classes(workspace, draft), values, self.settings(workspace, draft).options)
 
-    def title(self, settings: RunSettings, key: str) -> str:
-        """The example, or the user's classes."""
-        return EXAMPLES[key][0] if key in EXAMPLES else "your classes"
+    def predict(self, workspace: Workspace, draft: Draft, options: FewShotOptions) -> tuple[str, str | None, float | None]:
+        """The example or the user's classes, the CLIP model, and the steps of all trials."""
+        classes = self._classes(workspace, draft)
+        what = EXAMPLES[classes.id][0] if classes.id in EXAMPLES else "your classes"
+        if not options.model.is_built_in:
+            return what, options.model.model, None
+        return what, None, classifier_seconds(options, classes)
 
-    def model(self, options: FewShotOptions) -> str | None:
-        """The CLIP model."""
-        return None if options.model.is_built_in else options.model.model
-
-    def seconds(self, workspace: Workspace, draft: Draft, options: FewShotOptions) -> float | None:
-        """The steps of all trials at the pace of the digits example."""
-        if self.model(options) is not None:
-            return None
-        fewest = _fewest(find_classes(workspace, self.key(workspace, draft)))
-        shots = [fewest if one == ALL else one for one in options.data.all_shots()]
-        steps = sum(options.optimisation.steps(one) for one in shots) * len(options.data.seeds)
-        return DEMO_CLASSIFIER_START + DEMO_CLASSIFIER_STEP * steps * len(options.method.adapters())
+    def _classes(self, workspace: Workspace, draft: Draft) -> LabelledClasses:
+        return find_classes(workspace, self.key(workspace, draft))
 
 
 def fitted(classes: LabelledClasses, values: Values, chosen: Values) -> Values:
@@ -342,36 +285,22 @@ def fitted(classes: LabelledClasses, values: Values, chosen: Values) -> Values:
         values: options of the preset and the user.
         chosen: the user's options only, which are not adapted to the number of images.
     """
-    added: Values = {"data": classes.data_options(), "optimisation": {}}
-    shots = values.get("data", {}).get("shots", [ALL])
+    fewest, shots = max(1, _fewest(classes)), values.get("data", {}).get("shots", [ALL])
+    added: Values = {"data": classes.data_options()}
     if "shots" not in chosen.get("data", {}):
-        shots = added["data"]["shots"] = fitting_shots(classes, shots)
-    uses_built_in = "model" not in values.get("model", {})
-    if uses_built_in and "iterations_per_shot" not in chosen.get("optimisation", {}) and shots == [ALL]:
-        added["optimisation"] = bounded_steps(classes)
+        # Numbers of images per class that every class has, besides those for validation.
+        shots = [one for one in shots if one == ALL or int(one) + min(int(one), MOST_VALIDATION) <= fewest] or [ALL]
+        added["data"]["shots"] = shots
+    is_bounded = "model" not in values.get("model", {}) and "iterations_per_shot" not in chosen.get("optimisation", {})
+    if is_bounded and shots == [ALL] and BUILT_IN_STEPS * fewest > MOST_STEPS:
+        # Fewer steps for each of many images, so that training on all of them does not take hours.
+        added["optimisation"] = {"iterations_per_shot": max(1, MOST_STEPS // fewest)}
     return merged(values, added)
 
 
-def fitting_shots(classes: LabelledClasses, wanted: Sequence[str]) -> list[str]:
-    """The values of `wanted` (images per class) that every class can provide; ["all"] if there are none."""
-    fitting = [
-        one for one in wanted if one == ALL or (one.isdecimal() and _fewest(classes) >= int(one) + min(int(one), MOST_VALIDATION))
-    ]
-    return fitting or [ALL]
-
-
-def bounded_steps(classes: LabelledClasses) -> dict[str, Any]:
-    """Lower `iterations_per_shot` for large classes, so that training on all images does not take hours."""
-    fewest = max(1, _fewest(classes))
-    return {"iterations_per_shot": max(1, MOST_STEPS // fewest)} if BUILT_IN_STEPS * fewest > MOST_STEPS else {}
-
-
 def _fewest(classes: LabelledClasses) -> int:
+    """The number of images of the smallest class that are not for testing."""
     return min((one.learnable for one in classes.classes), default=0)
-
-
-def _photos(workspace: Workspace, key: str) -> Dataset:
-    return Dataset.of(workspace, None if key == EXAMPLE else key)
 
 
 def measured(record: RunRecord) -> DryRunReport | None:
@@ -384,8 +313,59 @@ def is_measuring(record: RunRecord) -> bool:
     return RunSnapshot(record).is_active
 
 
-def _rounded(seconds: float) -> str:
-    return f"{max(1, round(seconds / 60))} min" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+@lru_cache(maxsize=1)
+def gpu() -> tuple[str, float] | None:
+    """The name and the memory in GB of this machine's first GPU, found without a model library; None if there is none."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "Apple GPU", psutil.virtual_memory().total / GB
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    try:
+        answer = subprocess.run([command, *GPU_QUERY], capture_output=True, text=True, timeout=10, check=True).stdout
+        name, mebibytes = answer.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(mebibytes) * 2**20 / GB
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        # A driver without a device answers with a sentence or an error code.
+        return None
+
+
+def on_this_machine(is_demo: bool) -> str:
+    """This machine, and what to expect on it of the demo model, or of a model of SDXL's size (see docs/performance.md)."""
+    device = "no GPU" if gpu() is None else "{} with {:.0f} GB".format(*gpu())
+    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / GB:.0f} GB of memory, {device}"
+    if is_demo:
+        seconds = subject_seconds(SubjectOptions(), MIN_IMAGES_TO_HOLD_OUT, DEMO_PACE)
+        advice = f"The demo model generates 64 x 64 pixels and trains in about {duration(seconds)} on two CPU cores."
+    elif gpu() is None:
+        advice = (
+            "Without a GPU, a model of SDXL's size is not practical: the adapter alone takes 7 minutes to start, and training "
+            "hours to days. SDXL is a download of about 7 GB."
+        )
+    else:
+        advice = "SDXL is a download of about 7 GB. Check measures three steps, which tells how long training takes on this GPU."
+    return f"This machine: {machine}. {advice}"
+
+
+def subject_seconds(options: SubjectOptions, num_images: int, pace: Pace) -> float:
+    """The estimated duration of a subject's run: the sum of all its phases."""
+    seconds = estimated_seconds(options, pace)
+    return sum(seconds.get(phase.name, 0.0) for phase in phases(options, num_folds(num_images, options.data.heldout_image)))
+
+
+def classifier_seconds(options: FewShotOptions, classes: LabelledClasses) -> float:
+    """The estimated duration of a classifier's run with the built-in model, from the images that are trained on and encoded."""
+    optimisation, num_adapters, seconds = options.optimisation, len(options.method.adapters()), 0.0
+    num_test = classes.count - sum(one.learnable for one in classes.classes)
+    for shots in options.data.all_shots():
+        per_class = _fewest(classes) if shots == ALL else shots
+        num_train, num_validation = (len(classes.classes) * each for each in (per_class, min(per_class, MOST_VALIDATION)))
+        per_step = optimisation.train_batch_size * optimisation.gradient_accumulation_steps
+        seconds += num_adapters * optimisation.steps(per_class) * per_step * CLASSIFIER_TRAINED
+        # The base model encodes all views of the training images, and each adapter the other images once more.
+        encoded = num_train * options.data.views + (num_test + num_validation) * (1 + num_adapters)
+        seconds += encoded * CLASSIFIER_ENCODED
+    return CLASSIFIER_START + seconds * len(options.data.seeds)
 
 
 def _model_title(name: str | None) -> str:

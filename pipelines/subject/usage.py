@@ -17,8 +17,9 @@ COMFYUI_SAMPLERS = {
     "UniPC": ("uni_pc", "normal"),
     "DDIM": ("ddim", "ddim_uniform"),
 }
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # The names under which models of the hub are usually saved as one file.
-CHECKPOINTS = {"stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors"}
+CHECKPOINTS = {SDXL: "sd_xl_base_1.0.safetensors"}
 SDXL_SIDE = 1024
 
 

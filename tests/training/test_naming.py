@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.built_in import BUILT_IN
 from pipelines.errors import InputError
-from training.runs.naming import DEMO_ONLY, SDXL, default_title, file_stem, fits, header_of, set_title, title_of
+from training.runs.naming import DEMO_ONLY, SDXL, default_title, file_stem, header_of, set_title, title_of
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,5 @@ def test_the_header_says_which_base_model_the_file_fits():
         "ss_sd_model_name": "mine.safetensors",
     }
     assert header_of("x", {"model": model}, 40, private=True) == {"modelspec.description": SDXL}
-    assert fits(BUILT_IN) == DEMO_ONLY
+    header = header_of("x", {"model": {"pretrained_model_name_or_path": BUILT_IN}}, 40, private=True)
+    assert header == {"modelspec.description": DEMO_ONLY}

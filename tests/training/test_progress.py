@@ -8,7 +8,7 @@ from training.options import SubjectOptions
 from training.runs.progress import PlannedPhase, RunProgress
 from training.runs.run import RunDirectory
 from training.runs.run_files import CROSS_VALIDATION, EXPORTING, LOADING, TRAINING, RunStatus
-from training.subject.plan import estimated_seconds, fold_steps, phases
+from training.subject.plan import Pace, estimated_seconds, fold_steps, phases
 
 
 class Clock:
@@ -101,10 +101,10 @@ def test_the_status_of_a_run_has_the_progress_of_its_parts(tmp_path):
 
 def test_a_subject_s_run_plans_its_folds_and_estimates_every_phase():
     options = SubjectOptions()
-    plan, seconds = phases(options, 4), estimated_seconds(options, 0.5, 10.0, 3.0)
+    plan, seconds = phases(options, 4), estimated_seconds(options, Pace(0.5 / options.optimisation.images_per_step, 2.0, 3.0))
     assert [phase.number for phase in plan if phase.name == CROSS_VALIDATION] == [1, 2, 3, 4]
     assert {phase.name for phase in plan} < set(seconds)
     assert seconds[LOADING] == 3.0
     assert seconds[TRAINING] > options.optimisation.max_train_steps * 0.5
     assert seconds[CROSS_VALIDATION] > fold_steps(options.optimisation.max_train_steps) * 0.5
-    assert seconds[EXPORTING] > 10.0
+    assert seconds[EXPORTING] > len(options.output.validation_prompt) * 2.0

@@ -189,7 +189,7 @@ def test_the_command_contains_the_changes_of_preset_form_and_prompts(new_page, s
     expect(page.locator("#check-crops img")).to_have_count(5, timeout=PATIENCE)
     expect(page.locator("#check-crops")).to_contain_text("64 x 64")
     assert re.fullmatch(r"accelerate launch training/dreambooth_nora.py --output_dir \S+NEW-RUN", command(page, "accelerate"))
-    expect(page.locator("#check-plan")).to_have_text("sks toy · Balanced · demo model · about 3 min")
+    expect(page.locator("#check-plan")).to_have_text("sks toy · Balanced · demo model · about 3 minutes")
 
     page.locator("#check-preset label", has_text="Fast").click()
     assert "--num_candidate_images" in command(page, "--max_train_steps")

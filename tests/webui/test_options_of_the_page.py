@@ -149,7 +149,7 @@ def test_flags_of_several_options_parse_to_the_same_options(local):
         ({"model": {"quantize": "int8"}}, "Quantisation .--quantize. must be 'nf4', got 'int8'"),
         ({"adapter": {"method": "magic"}}, "Adapter method .--method. must be one of"),
         ({"adapter": {"inner_r": 64, "rank": 4}}, "inner_r"),
-        ({"adapter": 3}, "'adapter' must be a mapping"),
+        ({"adapter": 3}, "must be a mapping by group and name"),
         ([], "The options must be a mapping"),
         ({"output": {"output_dir": "/elsewhere"}}, "output_dir cannot be set: the app"),
         ({"output": {"resume_from_checkpoint": "latest"}}, "resume_from_checkpoint cannot be set: the app"),

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_images
 from training.options import DataOptions, ModelOptions, OutputOptions, SubjectOptions
-from webui import machine
+from webui import tasks
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft
 from webui.inference_jobs import checked_images, long_prompts_of
@@ -190,10 +190,10 @@ def test_the_gpu_is_named_by_the_driver_and_a_driver_without_a_device_is_none(tm
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    machine.gpu.cache_clear()
-    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
-    assert machine.gpu() == expected
-    machine.gpu.cache_clear()
+    tasks.gpu.cache_clear()
+    monkeypatch.setattr(tasks.platform, "system", lambda: "Linux")
+    assert tasks.gpu() == expected
+    tasks.gpu.cache_clear()
 
 
 def test_the_first_screen_shows_cells_of_the_bundled_run_without_their_labels():

@@ -9,11 +9,13 @@ from class_folders import colour_set
 
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_images
+from pipelines.subject.heldout import MIN_IMAGES_TO_HOLD_OUT
 from training.options import NEW_SCENES
 from training.options.data import SAMPLE_SUBJECT
+from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions, LabelledDataOptions
 from training.options.values import default_of, groups, merged, without
 from training.runs.run_files import LOADING, SAMPLING, DryRunReport
-from webui import machine, tasks
+from webui import launching, tasks
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import EXAMPLE, MAX_STORED, SAMPLE_CLASS, TRIGGER, Draft, RunSettings
 from webui.form_schema import validated
@@ -87,10 +89,12 @@ def test_a_copy_of_photos_keeps_their_settings_and_the_example_s_are_not_for_the
 @each_preset
 def test_a_preset_sets_existing_options_with_reasons_and_differs_from_the_defaults(task, preset):
     for value in preset.values:
-        option = groups(task.name)[value.group][value.field]
+        group, _, name = value.option.partition(".")
+        option = groups(task.name)[group][name]
+        assert value.below in (None, MIN_IMAGES_TO_HOLD_OUT)
         assert value.reason.endswith(".")
         assert len(value.reason) < 160
-        assert preset.name == "Balanced" or value.value != default_of(option) or value.field == "shots"
+        assert preset.name == "Balanced" or value.value != default_of(option) or name == "shots"
 
 
 @each_preset
@@ -139,11 +143,27 @@ def minutes(line):
 
 
 def test_the_line_beside_train_says_what_it_will_do(workspace, tmp_path):
-    assert SUBJECT.describe(workspace, of_example(preset="Fast")) == "sks toy · Fast · demo model · about 1 min"
+    assert SUBJECT.describe(workspace, of_example(preset="Fast")) == "sks toy · Fast · demo model · about 1 minute"
     changed = of_example(preset="Fast", options={"adapter": {"rank": "8"}, "optimisation": {"seed": "3"}})
     assert " · Fast · 2 settings changed · demo model · " in SUBJECT.describe(workspace, changed)
     key = colour_set(workspace, tmp_path / "given").id
-    assert CLASSIFY.describe(workspace, Draft(set=key)) == "your classes · Fast · demo model · about 1 min"
+    assert CLASSIFY.describe(workspace, Draft(set=key)) == "your classes · Fast · demo model · about 45 seconds"
+
+
+def test_the_demo_model_is_said_to_take_as_long_as_the_line_beside_train_says(workspace):
+    assert minutes(tasks.on_this_machine(True)) == minutes(SUBJECT.describe(workspace, Draft()))
+
+
+@pytest.mark.parametrize("changes", [{"min_train_steps": 800}, {"train_batch_size": 64}])
+def test_the_estimate_of_a_classifier_grows_with_steps_batches_and_images(workspace, changes):
+    def seconds(of_data, of_optimisation, key="shapes"):
+        data = LabelledDataOptions(seeds=[0], **of_data)
+        options = FewShotOptions(data=data, optimisation=FewShotOptimisationOptions(**of_optimisation))
+        return tasks.classifier_seconds(options, find_classes(workspace, key))
+
+    assert seconds({}, changes) > 1.5 * seconds({}, {})
+    # The digits have more test images than the shapes, and one class more.
+    assert seconds({}, {}) < seconds({}, {}, "digits") < seconds({"shots": ["16", "8"]}, {}, "digits")
 
 
 def test_the_estimate_counts_cross_validation(workspace, tmp_path):
@@ -156,7 +176,7 @@ def test_the_estimate_counts_cross_validation(workspace, tmp_path):
 
 @pytest.mark.parametrize(("accelerator", "words"), [(False, "hours on this CPU"), (True, "time not measured yet")])
 def test_sdxl_takes_hours_on_a_cpu_and_is_not_guessed_elsewhere(workspace, monkeypatch, accelerator, words):
-    monkeypatch.setattr(machine, "gpu", lambda: ("A GPU", 80.0) if accelerator else None)
+    monkeypatch.setattr(tasks, "gpu", lambda: ("A GPU", 80.0) if accelerator else None)
     model = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}
     assert (
         SUBJECT.describe(workspace, of_example(options={"model": model}))
@@ -174,6 +194,23 @@ def test_the_pace_is_that_of_the_newest_finished_run_with_the_model(workspace):
     line = SUBJECT.describe(workspace, of_example(options={"model": {"pretrained_model_name_or_path": "owner/model"}}))
     # 400 steps of 6 seconds are 40 minutes.
     assert 50 < minutes(line) < 90
+
+
+def test_a_run_s_options_are_checked_once_and_its_photos_sealed_only_if_they_are_valid(workspace, tmp_path, monkeypatch):
+    checks = []
+    for module in (tasks, launching):
+        monkeypatch.setattr(module, "validated", lambda *given: checks.append(given) or validated(*given))
+    monkeypatch.setattr(launching, "_spawn", lambda *given: None)
+    key = photos_of(workspace, tmp_path, 3)
+    steps = {count: {"optimisation": {"max_train_steps": count}} for count in ("0", "8")}
+    drafts = {count: Draft(key, settings={key: RunSettings(options=steps[count], class_word="duck")}) for count in steps}
+    with pytest.raises(InputError, match="must be at least 1, got 0"):
+        SUBJECT.start(workspace, drafts["0"])
+    assert not Dataset.of(workspace, key).content().is_sealed
+    checks.clear()
+    SUBJECT.start(workspace, drafts["8"])
+    assert Dataset.of(workspace, key).content().is_sealed
+    assert len(checks) == 1
 
 
 def test_missing_words_photos_or_classes_are_named_instead(workspace, tmp_path):
@@ -227,8 +264,8 @@ def test_classifier_values_fit_the_number_of_images(workspace, tmp_path):
     dataset = colour_set(workspace, tmp_path / "given")
     classes = find_classes(workspace, dataset.id)
     # Four of six images are not test images: two for training and two for validation.
-    assert tasks.fitting_shots(classes, ["2"]) == ["2"]
-    assert tasks.fitting_shots(classes, ["16"]) == ["all"]
+    for wanted, fitting in (("2", "2"), ("16", "all")):
+        assert tasks.fitted(classes, {"data": {"shots": [wanted]}}, {})["data"]["shots"] == [fitting]
     chosen = {"data": {"shots": ["3"]}}
     assert tasks.fitted(classes, chosen, chosen)["data"]["shots"] == ["3"]
     steps = tasks.fitted(find_classes(workspace, "digits"), {"data": {"shots": ["all"]}}, {})["optimisation"]

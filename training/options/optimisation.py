@@ -114,6 +114,11 @@ class OptimisationOptions:
             )
 
     @property
+    def images_per_step(self) -> int:
+        """Training images of one step on one process."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def is_prodigy(self) -> bool:
         """Whether the optimiser is Prodigy, which chooses its step size itself."""
         return self.optimizer.lower() == "prodigy"

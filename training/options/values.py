@@ -49,6 +49,11 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def defaults(task: str) -> Values:
+    """The default values of all options of `task`, None where the recipe decides."""
+    return {group: {name: default_of(option) for name, option in fields.items()} for group, fields in groups(task).items()}
+
+
 def merged(*values: Mapping[str, Mapping[str, Any]]) -> Values:
     """All values together; later ones override earlier ones, and empty groups are left out."""
     names = dict.fromkeys(name for each in values for name in each)

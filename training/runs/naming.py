@@ -101,15 +101,6 @@ def file_stem(title: str, step: int) -> str:
     return f"{stem or 'adapter'}-step{step}"
 
 
-def fits(base_model: str) -> str:
-    """Which base models a LoRA file fits, as a sentence.
-
-    Args:
-        base_model: name or path of the model that it was trained on.
-    """
-    return DEMO_ONLY if is_built_in(base_model) else SDXL
-
-
 def header_of(title: str, options: Options, step: int, private: bool = False) -> dict[str, str]:
     """What the header of an exported LoRA file says of the run: title, trigger phrase and base model.
 
@@ -117,7 +108,7 @@ def header_of(title: str, options: Options, step: int, private: bool = False) ->
         private: without words of the user and the name of a model that is not public.
     """
     model = Path(str((options.get("model") or {}).get("pretrained_model_name_or_path"))).name
-    header = {"modelspec.description": fits(model)}
+    header = {"modelspec.description": DEMO_ONLY if is_built_in(model) else SDXL}
     if private:
         return header
     phrase = _subject((options.get("data") or {}).get("instance_prompt"))

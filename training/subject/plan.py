@@ -1,11 +1,13 @@
-"""The phases of a subject's run, and how long each takes, from what the run has measured before the training."""
+"""The phases of a subject's run, and how long each takes at the pace that this run, or another one, has measured."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from training.options import SubjectOptions
 from training.runs.progress import PlannedPhase
+from training.runs.record import RunRecord
 from training.runs.run_files import (
     CALIBRATING,
     CERTIFYING,
@@ -19,6 +21,7 @@ from training.runs.run_files import (
     SAMPLING,
     TRAINING,
     UPLOADING,
+    DryRunReport,
 )
 
 # The steps of a fold, as a share of those of the training.
@@ -50,35 +53,53 @@ def phases(options: SubjectOptions, folds: int) -> list[PlannedPhase]:
     return [*map(PlannedPhase, before), *repeated, *map(PlannedPhase, after)]
 
 
-def estimated_seconds(
-    options: SubjectOptions, step_seconds: float, sampling_seconds: float, loading_seconds: float
-) -> dict[str, float]:
-    """The duration of each phase by name.
+@dataclass(frozen=True)
+class Pace:
+    """How fast a machine works with a base model, in seconds.
 
     Args:
-        step_seconds: of one training step.
-        sampling_seconds: of the images of all validation prompts.
-        loading_seconds: of the base model.
+        image: of a training step, for each image.
+        sample: of one generated image.
+        loading: of loading the model.
     """
-    optimisation, steps = options.optimisation, options.optimisation.max_train_steps
-    per_pass = step_seconds / (PASSES_PER_STEP * optimisation.train_batch_size * optimisation.gradient_accumulation_steps)
+
+    image: float
+    sample: float
+    loading: float
+
+    @classmethod
+    def measured(cls, record: RunRecord) -> Pace | None:
+        """The pace of a run; None if it is not done or has measured none."""
+        status, options, report = record.status(), record.options(), DryRunReport.read(record.path)
+        if status.state != "done" or report is None or not options:
+            return None
+        batch = options["optimisation"]["train_batch_size"] * options["optimisation"]["gradient_accumulation_steps"]
+        prompts = max(1, len(options["output"]["validation_prompt"] or ()))
+        took = {phase.name: phase.seconds or 0.0 for phase in status.plan or ()}
+        return cls(report.seconds_per_step / batch, took.get(SAMPLING, 0.0) / prompts, took.get(LOADING, 0.0))
+
+
+def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
+    """The duration of each phase by name."""
+    steps, images = options.optimisation.max_train_steps, options.optimisation.images_per_step
+    per_step, per_pass = images * pace.image, pace.image / PASSES_PER_STEP
     every, measuring = options.validation.measured_every(steps), MEASURED_PASSES * per_pass
-    per_image = sampling_seconds / len(options.output.validation_prompt)
+    sampling = len(options.output.validation_prompt) * pace.sample
 
     def training(count: int) -> float:
-        return count * step_seconds + math.ceil(count / every) * measuring
+        return count * per_step + math.ceil(count / every) * measuring
 
     return {
-        LOADING: loading_seconds,
+        LOADING: pace.loading,
         ENCODING: 0.0,
-        SAMPLING: sampling_seconds,
-        DRY_RUN: 3 * step_seconds,
+        SAMPLING: sampling,
+        DRY_RUN: 3 * per_step,
         CALIBRATING: CALIBRATION_PASSES * per_pass,
-        CLASS_IMAGES: options.data.num_class_images * per_image,
+        CLASS_IMAGES: options.data.num_class_images * pace.sample,
         CROSS_VALIDATION: training(fold_steps(steps)) + measuring,
-        TRAINING: training(steps) + math.ceil(steps / options.output.validation_steps) * sampling_seconds,
-        EXPORTING: sampling_seconds + WRITING_SECONDS,
-        COMPARING: (options.validation.num_candidate_images or 0) * sampling_seconds + WRITING_SECONDS,
-        CERTIFYING: PROCESS_SECONDS + loading_seconds + 2 * per_image,
+        TRAINING: training(steps) + math.ceil(steps / options.output.validation_steps) * sampling,
+        EXPORTING: sampling + WRITING_SECONDS,
+        COMPARING: (options.validation.num_candidate_images or 0) * sampling + WRITING_SECONDS,
+        CERTIFYING: PROCESS_SECONDS + pace.loading + 2 * pace.sample,
         UPLOADING: PROCESS_SECONDS,
     }

@@ -19,13 +19,14 @@ from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from pipelines.subject.folder_names import words_of
-from webui import machine, panel
+from pipelines.subject.usage import SDXL
+from webui import panel
 from webui.context import QUIET, AppContext
 from webui.datasets import Dataset
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER
 from webui.render import data_url, parts, render, thumbnail
-from webui.tasks import SUBJECT
+from webui.tasks import SUBJECT, on_this_machine
 from webui.uploads import add_crop, add_photos
 from webui.workspace import Workspace
 
@@ -41,7 +42,7 @@ FIRST_RESULT_PARTS = (
     (3, 1, "After three minutes of training", "The toy monster in the snow, in the forest, at night and in the water."),
 )
 CLASSES, CLASS_NAMES = ASSETS / "sample-classes" / "coloured-shapes.zip", ("red star", "green heart", "blue ring")
-DEMO, SDXL, CHECKPOINT = "demo", "stabilityai/stable-diffusion-xl-base-1.0", "checkpoint"
+DEMO, CHECKPOINT = "demo", "checkpoint"
 CROP_SIDE = 1024
 # The components that show the photos and the draft.
 VIEW = ("about", "cards", "model", "path", "machine", "train", "check", "own", "example", "classify", "signature")
@@ -319,7 +320,7 @@ def _view(photos: Dataset, draft: Draft, checked: str | None = None) -> tuple[An
         cards(photos, draft) if checked is None else checked,
         choice,
         gr.Textbox(model if choice == CHECKPOINT else "", visible=choice == CHECKPOINT),
-        parts.note(f"{machine.summary()} {machine.advice(model == DEMO)}"),
+        parts.note(on_this_machine(model == DEMO)),
         gr.Button(interactive=has_photos),
         gr.Button(interactive=has_photos),
         gr.Button("Back to your photos" if draft.previous_set else "Use your own photos", visible=photos.is_example),
@@ -340,7 +341,7 @@ def _signature(photos: Dataset, draft: Draft) -> list[str]:
 
 
 def _settings(draft: Draft) -> RunSettings:
-    return SUBJECT.settings_of(draft.set or EXAMPLE, draft)
+    return draft.settings_of(draft.set or EXAMPLE)
 
 
 @lru_cache(maxsize=1)
