@@ -25,6 +25,7 @@ from training.options.values import Values, merged
 PROMPT = re.compile(r"a photo of (\S+) (.+)")
 TRIGGER, SAMPLE_CLASS = PROMPT.fullmatch(SAMPLE_PROMPT).groups()
 WORD = re.compile(r"[^\W_][\w'-]{0,29}")
+CLASS_WORDS = re.compile(rf"{WORD.pattern}( +{WORD.pattern}){{0,3}}")
 # The settings of the bundled subject are stored under this id.
 EXAMPLE = "example"
 MAX_PROMPTS, PROMPT_LENGTH, MAX_STORED = 11, 300, 30
@@ -130,16 +131,16 @@ class RunSettings:
 
     def check_words(self) -> None:
         """Raises: InputError for the first invalid word or prompt."""
-        trigger, words, scenes = self.trigger.strip(), self.kind.split(), self.scenes or []
+        trigger, scenes = self.trigger.strip(), self.scenes or []
         if not WORD.fullmatch(trigger):
             allowed = "one word of at most 30 letters and digits, such as sks"
             raise InputError(f"The trigger word must be {allowed}, got {trigger[:40]!r}.")
-        if not words:
+        if not self.kind:
             raise InputError("The class word under Check is empty. Enter what the photos show, such as dog, toy or mug.")
-        if len(words) > 4 or not all(map(WORD.fullmatch, words)):
+        if not CLASS_WORDS.fullmatch(self.kind):
             allowed = "one to four plain words, such as dog or coffee mug"
             raise InputError(f"The class word must be {allowed}, got {self.kind[:40]!r}.")
-        if trigger.lower() in map(str.lower, words):
+        if trigger.lower() in self.kind.lower().split():
             remedy = "Use a rare word such as sks as trigger word."
             raise InputError(f"The trigger word and the class word are both {trigger!r}. {remedy}")
         if len(scenes) > MAX_PROMPTS:

@@ -19,10 +19,11 @@ import psutil
 
 from pipelines.built_in import is_built_in, portable_name
 from pipelines.errors import InputError
+from pipelines.fewshot.shots import MOST_VALIDATION
 from pipelines.subject.heldout import MIN_IMAGES_TO_HOLD_OUT, num_folds
 from training.options import SubjectOptions
 from training.options.data import SAMPLE_PROMPT
-from training.options.fewshot import ALL, FewShotOptions
+from training.options.fewshot import ALL, BUILT_IN_ITERATIONS, FewShotOptions
 from training.options.values import Options, Values, defaults, merged, without
 from training.runs.record import RunRecord
 from training.runs.run_files import GB, DryRunReport
@@ -42,13 +43,13 @@ DRY_RUNS, NEW_RUN = ".rehearsals", "NEW-RUN"
 RECENT = 20
 # With the built-in model on one core: see presets.toml.
 DEMO_PACE = Pace(image=0.23 / 4, sample=1.2, loading=4.0)
-# For each image that is trained on or encoded, and for the start. The three presets on the digits took 75, 193 and 336 s on two
-# idle cores (estimated: 77, 183 and 330 s).
-CLASSIFIER_TRAINED, CLASSIFIER_ENCODED, CLASSIFIER_START = 0.38 / 32, 0.006, 5.0
-MOST_VALIDATION = 4
+# For each image that is trained on or encoded, and for the start. The presets on the digits took 75, 193 and 336 s on two idle
+# cores (estimated: 79, 185 and 318 s). Processor time of Fast: digits 87 s, shapes 74 s (estimated: 79 and 70 s); of the default
+# method on all shapes 94 s (estimated: 102 s).
+CLASSIFIER_TRAINED, CLASSIFIER_ENCODED, CLASSIFIER_START = 0.36 / 32, 0.009, 5.0
 GPU_QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-# The recipe's default steps per training image of a class with the built-in model, and the most steps of a preset.
-BUILT_IN_STEPS, MOST_STEPS = 10, 400
+# The most steps of a preset with the built-in model.
+MOST_STEPS = 400
 
 
 class Task:
@@ -228,7 +229,7 @@ class SubjectTask(Task):
         """Start a dry run of the draft, unless one is running or finished. Raises: InputError for an invalid option."""
         self.check(workspace, draft)
         record = self.dry_run(workspace, draft)
-        if is_measuring(record) or measured(record) is not None:
+        if RunSnapshot(record).is_active or measured(record) is not None:
             return
         if record.path.exists():
             shutil.rmtree(record.path)
@@ -292,7 +293,7 @@ def fitted(classes: LabelledClasses, values: Values, chosen: Values) -> Values:
         shots = [one for one in shots if one == ALL or int(one) + min(int(one), MOST_VALIDATION) <= fewest] or [ALL]
         added["data"]["shots"] = shots
     is_bounded = "model" not in values.get("model", {}) and "iterations_per_shot" not in chosen.get("optimisation", {})
-    if is_bounded and shots == [ALL] and BUILT_IN_STEPS * fewest > MOST_STEPS:
+    if is_bounded and shots == [ALL] and BUILT_IN_ITERATIONS * fewest > MOST_STEPS:
         # Fewer steps for each of many images, so that training on all of them does not take hours.
         added["optimisation"] = {"iterations_per_shot": max(1, MOST_STEPS // fewest)}
     return merged(values, added)
@@ -306,11 +307,6 @@ def _fewest(classes: LabelledClasses) -> int:
 def measured(record: RunRecord) -> DryRunReport | None:
     """What a dry run or a finished run has measured; None if it has not."""
     return DryRunReport.read(record.path) if record.status().state == "done" else None
-
-
-def is_measuring(record: RunRecord) -> bool:
-    """Whether a dry run is active or queued."""
-    return RunSnapshot(record).is_active
 
 
 @lru_cache(maxsize=1)
@@ -358,7 +354,7 @@ def classifier_seconds(options: FewShotOptions, classes: LabelledClasses) -> flo
     optimisation, num_adapters, seconds = options.optimisation, len(options.method.adapters()), 0.0
     num_test = classes.count - sum(one.learnable for one in classes.classes)
     for shots in options.data.all_shots():
-        per_class = _fewest(classes) if shots == ALL else shots
+        per_class = max(1, _fewest(classes) - MOST_VALIDATION) if shots == ALL else shots
         num_train, num_validation = (len(classes.classes) * each for each in (per_class, min(per_class, MOST_VALIDATION)))
         per_step = optimisation.train_batch_size * optimisation.gradient_accumulation_steps
         seconds += num_adapters * optimisation.steps(per_class) * per_step * CLASSIFIER_TRAINED

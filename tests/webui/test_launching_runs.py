@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -286,7 +287,7 @@ def test_a_run_whose_images_are_missing_cannot_be_resumed(workspace):
     trains(guest, run_id)
     launching.stop(guest, run_id)
     wait_for(lambda: state(guest, run_id) == "stopped")
-    own.rmdir()
+    shutil.rmtree(own)
     with pytest.raises(InputError, match="These images no longer exist"):
         launching.resume(guest, run_id)
     assert state(guest, run_id) == "stopped"

@@ -26,6 +26,8 @@ ALL = "all"
 NEED_FULL_PRECISION = ("merged", "torch", "onnx")
 EXPORTS = ("lora", *NEED_FULL_PRECISION)
 DEFAULT_SEEDS = 5
+# Optimisation steps per training image of a class.
+ITERATIONS, BUILT_IN_ITERATIONS = 500, 10
 
 
 @dataclass
@@ -194,7 +196,10 @@ class FewShotOptimisationOptions:
 
     iterations_per_shot: int | None = field(
         default=None,
-        metadata={"help": "Optimisation steps per training image of a class. Default: 500, or 10 on the built-in model."},
+        metadata={
+            "help": f"Optimisation steps per training image of a class. Default: {ITERATIONS}, or {BUILT_IN_ITERATIONS} on the "
+            "built-in model."
+        },
     )
     min_train_steps: int = field(default=100, metadata={"help": "Smallest number of optimisation steps."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per batch on each process."})
@@ -260,7 +265,7 @@ class FewShotOptions:
                 "--export lora, or leave out --quantize."
             )
         if self.optimisation.iterations_per_shot is None:
-            self.optimisation.iterations_per_shot = 10 if built_in else 500
+            self.optimisation.iterations_per_shot = BUILT_IN_ITERATIONS if built_in else ITERATIONS
         if self.data.templates is None:
             sample = "digits" if self.data.data_dir is None else "photo"
             self.data.templates = [self.data.dataset or sample]

@@ -12,6 +12,7 @@ from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from training.runs.record import RunRecord
 from training.runs.run_files import GB
+from training.runs.snapshot import RunSnapshot
 from webui import panel
 from webui.context import QUIET, AppContext
 from webui.datasets import Dataset
@@ -20,7 +21,7 @@ from webui.form_schema import validated
 from webui.inference_worker import WORKER
 from webui.render import TEMPLATES, parts
 from webui.runs import phase_title
-from webui.tasks import SUBJECT, is_measuring, measured
+from webui.tasks import SUBJECT, measured
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
@@ -171,7 +172,7 @@ def _crops(workspace: Workspace, draft: Draft) -> str:
 def _cost(workspace: Workspace, draft: Draft) -> tuple[Any, Any, Any]:
     """The cost, whether it can be measured, and whether to poll."""
     record = SUBJECT.dry_run(workspace, draft)
-    measuring, is_known = is_measuring(record), measured(record) is not None
+    measuring, is_known = RunSnapshot(record).is_active, measured(record) is not None
     can_measure = bool(Dataset.of(workspace, draft.set).photos()) and not measuring and not is_known
     return cost_summary(record), gr.Button(interactive=can_measure), gr.Timer(active=measuring)
 
@@ -179,7 +180,7 @@ def _cost(workspace: Workspace, draft: Draft) -> tuple[Any, Any, Any]:
 def cost_summary(record: RunRecord) -> str:
     """What a dry run has measured, or its state."""
     report, status = measured(record), record.status()
-    if is_measuring(record):
+    if RunSnapshot(record).is_active:
         queued = "Another run is active. The dry run starts when it is done."
         return f"{parts.chip('running', 'measuring')} {queued if status.state == 'queued' else phase_title(status)}"
     if report is not None:
