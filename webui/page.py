@@ -7,6 +7,7 @@ from types import ModuleType
 from urllib.parse import parse_qs
 
 import gradio as gr
+from gradio.state_holder import StateHolder
 
 from webui.api import build_api
 from webui.context import CHOOSING, QUIET, REFRESH, AppContext, Page, followed
@@ -17,6 +18,8 @@ from webui.workspace import Settings
 # For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
 SCRIPT = Path(__file__).with_suffix(".js").read_text()
 TITLE, SUMMARY = "NoRA Vision", "Adapt a large vision model from a handful of images."
+# Of the sessions of closed pages, so many are kept: a page that only lost its connection may come back.
+MAX_CLOSED_SESSIONS = 20
 # Gradio's loading screen counts its seconds at every frame and goes on when it is gone, which keeps the processor busy. It takes
 # `requestAnimationFrame` before page.js runs.
 HEAD = f"""<link rel="icon" href="favicon.ico" type="image/svg+xml"><meta name="description" content="{SUMMARY}">
@@ -47,6 +50,7 @@ def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
     with Page(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         reopens_event_stream()
+        page.unload(lambda: forget_closed_sessions(page.state_holder))
         gr.HTML(HEADER)
         context = _context(page, settings)
         # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
@@ -68,6 +72,14 @@ def build_page(settings: Settings) -> gr.Blocks:
 def reopens_event_stream() -> None:
     """Put the button that page.js clicks to open a new event stream into the open page."""
     gr.Button(visible="hidden", elem_id="reopen-event-stream").click(lambda: None, **QUIET)
+
+
+def forget_closed_sessions(sessions: StateHolder) -> None:
+    """Forget the sessions of closed pages but the `MAX_CLOSED_SESSIONS` last used, whose memory Gradio would not free."""
+    with sessions.lock:
+        closed = [name for name, session in list(sessions.session_data.items()) if session.is_closed]
+        for name in closed[:-MAX_CLOSED_SESSIONS]:
+            del sessions.session_data[name], sessions.time_last_used[name]
 
 
 def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import secure
 from secure.middleware import SecureASGIMiddleware
 from starlette.datastructures import MutableHeaders
+from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection
@@ -168,6 +169,7 @@ class Guard:
             receive, send = await self._for_one_user(request, receive, send)
         if path.startswith(UPLOAD):
             self._check_disk(request.headers.get("content-length", "0"))
+            receive = _refusing_cut_uploads(receive)
         if path.startswith(FILE) and not self._is_cached(path):
             raise Refusal(403, "Only uploaded and generated files are served.")
         return receive, send
@@ -262,6 +264,21 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
 
     return again
+
+
+def _refusing_cut_uploads(receive: Receive) -> Receive:
+    """`receive` that reports a connection that is closed during an upload like a malformed one, whose files Gradio deletes."""
+    is_complete = False
+
+    async def received() -> Message:
+        nonlocal is_complete
+        message = await receive()
+        if message["type"] == "http.disconnect" and not is_complete:
+            raise MultiPartException("The connection was closed before the upload was complete.")
+        is_complete = not message.get("more_body")
+        return message
+
+    return received
 
 
 def _sessions_in(body: bytes) -> list[str]:

@@ -41,6 +41,8 @@ SIGN_IN = "Sign in with your name and password. After five wrong passwords, wait
 # Hidden, so that it cannot be the name of an account or a dataset.
 CACHE = ".cache"
 CACHE_SECONDS = 86400
+# Programs that call the API never close their sessions. The least recently used are forgotten, at about a megabyte each.
+MAX_SESSIONS = 300
 # The ended runs of which the page hears, so that it can tell that one has ended.
 RECENT_RUNS = 20
 # Gradio's environment variables that are not overwritten: harmless, and without an option here.
@@ -138,6 +140,7 @@ LAUNCH_OPTIONS = {
     "pwa": False,
     "mcp_server": False,
     "num_workers": 0,
+    "state_session_capacity": MAX_SESSIONS,
     "footer_links": [],
     "quiet": True,
 }

@@ -6,10 +6,11 @@ from collections import Counter
 
 import gradio as gr
 import pytest
+from gradio.state_holder import StateHolder
 from run_folders import end_processes, run_in
 
 from webui.context import pickers
-from webui.page import SCREENS, _context, build_page
+from webui.page import MAX_CLOSED_SESSIONS, SCREENS, _context, build_page
 from webui.runs import views
 from webui.workspace import Settings, Workspace
 
@@ -41,6 +42,18 @@ def test_no_event_has_two_listeners_in_the_mode_always_last(page):
     )
     several = {(type(page.blocks.get(number)), event) for (number, event), count in last.items() if count > 1}
     assert several == {(gr.State, "change")}
+
+
+def test_the_oldest_sessions_of_closed_pages_are_forgotten(page):
+    """Also if one stays open; Gradio calls the listener whenever a page is closed or reloaded."""
+    sessions = StateHolder()
+    sessions.set_blocks(page)
+    for number in range(MAX_CLOSED_SESSIONS + 2):
+        sessions[str(number)].is_closed = number != 0
+    (forget,) = [fn.fn for fn in page.fns.values() if (None, "unload") in fn.targets]
+    forget()
+    assert list(sessions.session_data) == ["0", *map(str, range(2, MAX_CLOSED_SESSIONS + 2))]
+    assert sessions.time_last_used.keys() == sessions.session_data.keys()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 from hostile import png_bytes
-from processes import apart
+from processes import apart, wait_for
 
 from webui.accounts import add_account
 
@@ -242,6 +242,22 @@ def test_an_upload_above_the_limit_is_refused(server, own):
     answer = own.post("/gradio_api/upload", content=endless(), headers={"content-type": "multipart/form-data; boundary=x"})
     assert answer.status_code == 413
     assert sum(path.stat().st_size for path in (server.uploads / ".cache").rglob("*") if path.is_file()) < 100 * 2**20
+
+
+def test_an_upload_that_is_cut_leaves_no_file(server, own):
+    """As when the page is reloaded meanwhile: one file has arrived, the other one has not."""
+    parts = server.uploads / ".cache"
+
+    def cut():
+        head = 'Content-Disposition: form-data; name="files"; filename="{}"\r\nContent-Type: image/png\r\n\r\n'
+        yield f"--x\r\n{head.format('a.png')}".encode() + png_bytes() + f"\r\n--x\r\n{head.format('b.png')}".encode()
+        yield bytes(2**20)
+        wait_for(lambda: len(list(parts.glob("tmp*"))) == 2)
+        raise ConnectionAbortedError
+
+    with pytest.raises(ConnectionAbortedError):
+        own.post("/gradio_api/upload", content=cut(), headers={"content-type": "multipart/form-data; boundary=x"})
+    wait_for(lambda: not list(parts.glob("tmp*")))
 
 
 @pytest.mark.parametrize(
