@@ -68,7 +68,7 @@ def build(context: AppContext) -> None:
         widgets["folder"] = gr.UploadButton(
             "Add a folder", file_count="directory", size="md", scale=0, min_width=130, elem_id="photos-folder"
         )
-        camera = gr.Button("Use the camera", size="md", scale=0, min_width=130, elem_id="photos-camera-open")
+        camera = gr.Button("Use the camera", size="md", scale=0, min_width=160, elem_id="photos-camera-open")
         gr.HTML(
             f"<p class='quiet'>{listed(UPLOAD_FORMATS)}. Ctrl+V adds an image from the clipboard.</p>", elem_id="photos-formats"
         )

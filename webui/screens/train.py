@@ -176,7 +176,7 @@ def _layout() -> dict[str, Any]:
             variant = {"stop": "stop", "resume": "primary", "next": "primary"}.get(name, "secondary")
             components[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=180, scale=0)
     with gr.Row():
-        with gr.Column(min_width=320):
+        with gr.Column(min_width=320, elem_id="train-plots"):
             for name, (title, series, hint) in PLOTS.items():
                 components[name] = line_plot(title, series, hint, {STEPS: PALE}, elem_id=f"train-{name}")
             components["values"] = gr.HTML(visible=False)

@@ -37,8 +37,11 @@ from webui.render import CRISP_SIDE, in_cache, macros, parts
 from webui.runs import RunView
 from webui.workspace import Workspace
 
-# With a delay, until the button has its new file.
-SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"
+# With a delay, until the button has its new file and the card is on the page.
+SAVE = """() => { setTimeout(() => {
+  document.querySelector('#use-file').click();
+  document.querySelector('#use-code')?.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+}, 200); }"""
 # The format of the demo model's files, which those programs cannot use.
 KOHYA = ("kohya's format", "A LoRA file in the format of kohya's scripts, for the demo model alone.")
 ALL, FAVOURITES = "All images", "Favourites"
