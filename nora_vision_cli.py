@@ -31,7 +31,7 @@ SUBCOMMANDS = {
     "generate": Subcommand("pipelines.subject.generate", "generate images with trained adapters"),
     "classify": Subcommand("pipelines.fewshot.classify", "classify images with a trained classifier"),
     "check-images": Subcommand("pipelines.subject.image_checks", "check a folder of training images"),
-    "app": Subcommand("webui.__main__", "open the web app"),
+    "app": Subcommand("webui.server", "open the web app"),
 }
 
 

@@ -7,6 +7,7 @@
 No `from __future__ import annotations` here: Gradio reads the annotations for the schema of the endpoints.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,6 @@ from webui.workspace import Settings, Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
 MAX_FILES = 500
-NO_ADAPTER = "This run has no saved adapter yet. Wait until it has one, or choose another run."
 
 
 def build_api(context: AppContext) -> None:
@@ -47,12 +47,7 @@ class Api:
     settings: Settings
 
     def start(
-        self,
-        task: Literal["subject", "classify"],
-        options: dict,
-        images: list[dict] | None = None,
-        pictures: list[dict] | None = None,
-        request: gr.Request = None,
+        self, task: Literal["subject", "classify"], options: dict, images: list[dict] | None = None, request: gr.Request = None
     ) -> str:
         """Start a run. It waits in the queue while another run is active.
 
@@ -62,14 +57,11 @@ class Api:
                 {"data": {"instance_prompt": "a photo of sks dog"}, "optimisation": {"max_train_steps": 200}}.
             images: uploaded files, `[handle_file("a.jpg"), ...]`: photos of the subject, or one zip with a folder of images
                 for each class; empty for the bundled example.
-            pictures: renamed to images.
         Returns: the run's id.
         """
-        _check_renamed(pictures=(pictures, "images"))
         if not isinstance(options, dict) or not all(isinstance(fields, dict) for fields in options.values()):
-            raise InputError(
-                'Options must be given by group and name, as in {"data": {"instance_prompt": "a photo of sks dog"}}.'
-            )
+            example = {"data": {"instance_prompt": "a photo of sks dog"}}
+            raise InputError(f"Options must be given by group and name, as in {json.dumps(example)}.")
         if task not in TASKS:
             raise InputError(f"The task must be one of {', '.join(TASKS)}, got {task!r}.")
         workspace, files = self.settings.workspace(request), _files(images)
@@ -115,8 +107,6 @@ class Api:
         guidance_scale: float = 4.0,
         sampler: str | None = None,
         size: list[int] | None = None,
-        strength: float | None = None,
-        guidance: float | None = None,
     ) -> dict:
         """Generate an image with the adapter of a run.
 
@@ -128,45 +118,32 @@ class Api:
             steps, guidance_scale: denoising steps, and the scale of classifier-free guidance.
             sampler: as on the page under Use, such as "DPM++ 2M Karras"; None for the base model's own.
             size: width and height in pixels; None for those of the run's training.
-            strength, guidance: renamed to scale and guidance_scale.
         Returns: the image, a PNG file that contains its settings.
         """
-        _check_renamed(strength=(strength, "scale"), guidance=(guidance, "guidance_scale"))
         workspace = self.settings.workspace(request)
         view = RunView(workspace.run(run))
         chosen = steps_of(view.record).chosen if step is None else step
         if chosen is None or view.task != "subject":
-            raise InputError(NO_ADAPTER)
+            raise InputError("This run has no saved adapter yet. Wait until it has one, or choose another run.")
         values = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "steps": steps, "sampler": sampler}
         adapter = (reference_of(run, chosen), scale, None)
         wanted = request_for(workspace, [adapter], **values, guidance_scale=guidance_scale, size=size)
         (path,) = (event for event in WORKER.stream("generate", workspace, wanted) if isinstance(event, Path))
         return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
-    def classify(
-        self, run: str, images: list[dict] | None = None, pictures: list[dict] | None = None, request: gr.Request = None
-    ) -> list[dict]:
+    def classify(self, run: str, images: list[dict] | None = None, request: gr.Request = None) -> list[dict]:
         """Classify images with the classifier of a run.
 
         Args:
             run: its id.
             images: uploaded files, `[handle_file("a.jpg"), ...]`.
-            pictures: renamed to images.
         Returns: for each {"image", "class", "probability", "top": [[class, probability], ...]}, or {"image", "error"} for a
             file that cannot be read.
         """
-        _check_renamed(pictures=(pictures, "images"))
         record = self.settings.workspace(request).run(run)
         if RunView(record).task != "classify":
             raise InputError("This run trained an adapter for generation. Choose a classifier.")
         return WORKER.call("classify", record, _files(images))
-
-
-def _check_renamed(**parameters: tuple[Any, str]) -> None:
-    """Raise InputError if a value is given by an old name; each has the value and the new name."""
-    for old, (value, new) in parameters.items():
-        if value is not None:
-            raise InputError(f"The parameter {old!r} is now called {new!r}. Pass {new}= instead.")
 
 
 def _status(view: RunView) -> dict[str, Any]:

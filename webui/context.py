@@ -68,7 +68,7 @@ class LazyUpdate:
 def text(value: str) -> LazyUpdate:
     """HTML, hidden if empty."""
     value = str(value).strip()
-    return LazyUpdate(value, lambda: gr.HTML(value=value, visible=bool(value)))
+    return lazy_text(value, lambda: value)
 
 
 def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
@@ -81,31 +81,20 @@ def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
     return LazyUpdate(key, update)
 
 
-def button(visible: bool, label: str | None = None) -> LazyUpdate:
-    """A button, visible or hidden."""
-    return LazyUpdate(
-        (visible, label), lambda: gr.Button(visible=visible) if label is None else gr.Button(label, visible=visible)
-    )
-
-
-def frame(visible: bool) -> LazyUpdate:
-    """An accordion, visible or hidden."""
-    return LazyUpdate(visible, lambda: gr.Accordion(visible=visible))
+def shown(kind: type[gr.blocks.Block], visible: bool, **properties: Any) -> LazyUpdate:
+    """A component of this kind, visible or hidden, with other properties of it."""
+    return LazyUpdate((visible, *properties.values()), lambda: kind(visible=visible, **properties))
 
 
 def updates(now: Mapping[str, LazyUpdate], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
-    """The updates of the outputs `names`; `gr.skip()` for those that the page shows already.
+    """The updates of the outputs `names`, `gr.skip()` for those that the page shows already, and last what it has seen then.
 
     Args:
         now: the current content.
         seen: the keys of what was sent before.
     """
-    return [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
-
-
-def keys(now: Mapping[str, LazyUpdate]) -> dict[str, Hashable]:
-    """The keys of the current content, stored only to send less."""
-    return {name: update.key for name, update in now.items()}
+    sent = [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
+    return [*sent, {name: update.key for name, update in now.items()}]
 
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
@@ -194,14 +183,13 @@ class AppContext:
         return [_default(subjects), gr.skip(), _default(runs), opened]
 
     def attach_refreshes(self, opened: Mapping[str, gr.Tab]) -> None:
-        """Refresh the open screen when it opens and when another run is selected; page.js does so when a run has changed.
+        """Refresh the open screen when another run is selected; page.js does so when it opens and when a run has changed.
 
         Args:
             opened: the tabs by screen name.
         """
         for name, tab in opened.items():
             tab.select(partial(_identity, name), None, self.active_tab, **QUIET)
-            tab.select(None, js=f"() => noraVision.refresh('{name}')", **QUIET)
 
         def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
             workspace = self.settings.workspace(request)

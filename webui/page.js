@@ -127,8 +127,14 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     setTimeout(() => shows("run", document.querySelector(`#run ${menu} summary`)?.dataset.run, isStep));
   }
 
+  function selected(screen) {
+    refresh(screen);
+    shows("tab", screen);
+  }
+
   /* The page shows what its address names. A user who was quicker has opened another screen meanwhile. */
   function opened() {
+    refresh();
     isOpen = true;
     setTimeout(() => {
       const tab = document.querySelector("#screens > .tab-wrapper [aria-selected=true]")?.dataset.tabId;
@@ -136,7 +142,7 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     }, ANSWER_MS);
   }
 
-  window.noraVision = { query, shows, showsRun, refresh, opened };
+  window.noraVision = { query, showsRun, refresh, selected, opened };
 
   /* ---- Ctrl+Enter presses the main button of the screen ---- */
   document.addEventListener("keydown", (event) => {

@@ -1,4 +1,4 @@
-"""The page: a header, and a tab for each screen. Building it loads no model library, so it opens within seconds."""
+"""The page: its look, a header, and a tab for each screen. Building it loads no model library, so it opens within seconds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,45 @@ import gradio as gr
 from gradio.state_holder import StateHolder
 
 from webui.api import build_api
-from webui.context import CHOOSING, QUIET, REFRESH, AppContext, Page, followed
+from webui.context import CHOOSING, QUIET, AppContext, Page, followed
 from webui.draft import Draft
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.workspace import Settings
 
+HERE = Path(__file__).parent
+STYLE, FAVICON = HERE / "style.css", HERE / "favicon.svg"
+# The image of the page on social networks.
+CARD = HERE / "card.png"
 # For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
-SCRIPT = Path(__file__).with_suffix(".js").read_text()
+SCRIPT = (HERE / "page.js").read_text()
+# System fonts, so that nothing is loaded from other servers.
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+# The theme's variables that differ from the default: in light mode, and in dark mode if that differs too. Everything else is in
+# style.css, which the sign-in page does not have. Texts have a contrast of at least 4.5 to 1, as WCAG AA requires.
+LOOK: dict[str, tuple[str, ...]] = {
+    "body_background_fill": ("*neutral_50", "*neutral_950"),
+    "background_fill_primary": ("*neutral_50", "*neutral_950"),
+    "background_fill_secondary": ("*neutral_50", "*neutral_950"),
+    "body_text_color_subdued": ("*neutral_500", "*neutral_400"),
+    "color_accent": ("*primary_700",),
+    "link_text_color": ("*primary_700", "*primary_300"),
+    "link_text_color_hover": ("*primary_800", "*primary_200"),
+    "link_text_color_visited": ("*primary_700", "*primary_300"),
+    "block_background_fill": ("white", "*neutral_900"),
+    "block_label_background_fill": ("transparent", "transparent"),
+    "block_title_text_weight": ("600",),
+    "button_primary_background_fill": ("*primary_700", "*primary_700"),
+    "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),
+    "button_cancel_background_fill": ("white", "*neutral_900"),
+    "button_cancel_background_fill_hover": ("#fef2f2", "#450a0a"),
+    "button_cancel_border_color": ("#dc2626", "#f87171"),
+    "button_cancel_text_color": ("#b91c1c", "#fca5a5"),
+    "button_border_width": ("1px",),
+    "input_border_width": ("1px",),
+    "input_background_fill": ("white", "*neutral_800"),
+    "input_border_color": ("*neutral_300", "*neutral_600"),
+}
 TITLE, SUMMARY = "NoRA Vision", "Adapt a large vision model from a handful of images."
 # Of the sessions of closed pages, so many are kept: a page that only lost its connection may come back.
 MAX_CLOSED_SESSIONS = 20
@@ -44,6 +76,13 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
     "classify": ("Classify", classify),
     "runs": ("Runs", runs),
 }
+
+
+def theme() -> gr.themes.Base:
+    """The theme: one accent colour, plain surfaces, the same contrast in light and dark mode."""
+    hues = {"primary_hue": "teal", "secondary_hue": "slate", "neutral_hue": "slate"}
+    look = {f"{name}{mode}": value for name, values in LOOK.items() for mode, value in zip(("", "_dark"), values, strict=False)}
+    return gr.themes.Base(**hues, radius_size="md", text_size="md", font=SANS, font_mono=MONO).set(**look)
 
 
 def build_page(settings: Settings) -> gr.Blocks:
@@ -95,12 +134,11 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
         return [context.show(workspace)[0] if run == gr.skip() and run_id is None else run, *others]
 
     loaded = context.page.load(open_address, [query, context.run], context.outputs, js="() => [location.search, null]", **QUIET)
-    loaded.then(None, js=REFRESH, **QUIET)
     loaded.then(None, js="() => noraVision.opened()", **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")
     button.click(open_address, [query, context.run], context.outputs, js="() => [noraVision.query(), null]", **QUIET)
     for name, tab in opened.items():
-        tab.select(None, js=f"() => noraVision.shows('tab', '{name}')", **QUIET)
+        tab.select(None, js=f"() => noraVision.selected('{name}')", **QUIET)
     context.picker.change(None, js="() => noraVision.showsRun()", trigger_mode="multiple", **QUIET)
 
 

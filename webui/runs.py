@@ -16,27 +16,10 @@ from pipelines.image_formats import IMAGE_SUFFIXES
 from pipelines.methods import DEFAULT
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT
 from training.runs import naming
+from training.runs import run_files as phases
 from training.runs.fewshot_files import FewShotReport, MethodSummary
 from training.runs.record import newest_step
-from training.runs.run_files import (
-    CALIBRATING,
-    CERTIFYING,
-    CLASS_IMAGES,
-    COMPARING,
-    CROSS_VALIDATION,
-    DRY_RUN,
-    ENCODING,
-    EXPORTING,
-    FINDING_SETTINGS,
-    FITTING,
-    LOADING,
-    REPORTING,
-    SAMPLING,
-    TRAINING,
-    UPLOADING,
-    RunStatus,
-    Suggestion,
-)
+from training.runs.run_files import RunStatus, Suggestion
 from training.runs.snapshot import Revision, RunSnapshot, revision
 from training.subject.measured import subject_images
 from webui.workspace import Workspace
@@ -44,21 +27,21 @@ from webui.workspace import Workspace
 Point = tuple[float, float]
 # The title of each phase, and the part of the plan that it belongs to.
 PHASES = {
-    LOADING: ("Loading the model", "Preparing"),
-    ENCODING: ("Encoding the photos into latents", "Preparing"),
-    SAMPLING: ("Generating images before the training", "Preparing"),
-    CLASS_IMAGES: ("Generating class images for prior preservation", "Preparing"),
-    DRY_RUN: ("Dry run: three steps, to measure time and memory", "Preparing"),
-    CALIBRATING: ("Calibrating: measuring the model's activations on your photos, to initialise the adapter", "Preparing"),
-    FINDING_SETTINGS: ("Memory fallback: looking for settings that fit into memory", "Preparing"),
-    CROSS_VALIDATION: ("Cross-validation", "Cross-validation"),
-    TRAINING: ("Training", "Training"),
-    EXPORTING: ("Exporting the adapter in four formats", "Export"),
-    COMPARING: ("Scoring the checkpoints: generating images with each", "Scoring"),
-    CERTIFYING: ("Checking the exported files with plain diffusers", "Certificate"),
-    UPLOADING: ("Uploading", "Upload"),
-    FITTING: ("Training", "Training"),
-    REPORTING: ("Writing the report", "Report"),
+    phases.LOADING: ("Loading the model", "Preparing"),
+    phases.ENCODING: ("Encoding the photos into latents", "Preparing"),
+    phases.SAMPLING: ("Generating images before the training", "Preparing"),
+    phases.CLASS_IMAGES: ("Generating class images for prior preservation", "Preparing"),
+    phases.DRY_RUN: ("Dry run: three steps, to measure time and memory", "Preparing"),
+    phases.CALIBRATING: ("Calibrating: measuring the model's activations on your photos, to initialise the adapter", "Preparing"),
+    phases.FINDING_SETTINGS: ("Memory fallback: looking for settings that fit into memory", "Preparing"),
+    phases.CROSS_VALIDATION: ("Cross-validation", "Cross-validation"),
+    phases.TRAINING: ("Training", "Training"),
+    phases.EXPORTING: ("Exporting the adapter in four formats", "Export"),
+    phases.COMPARING: ("Scoring the checkpoints: generating images with each", "Scoring"),
+    phases.CERTIFYING: ("Checking the exported files with plain diffusers", "Certificate"),
+    phases.UPLOADING: ("Uploading", "Upload"),
+    phases.FITTING: ("Training", "Training"),
+    phases.REPORTING: ("Writing the report", "Report"),
 }
 STARTING = "Starting: loading the libraries takes a few seconds"
 KINDS = {"subject": "Subject", "classify": "Classifier"}
@@ -113,11 +96,6 @@ class RunView(RunSnapshot):
         return naming.file_stem(self.title, step)
 
     @property
-    def phase(self) -> str:
-        """The current phase."""
-        return phase_title(self.status)
-
-    @property
     def plan(self) -> list[tuple[str, str]]:
         """The parts of its plan in order, and whether each is "done", "now" or "later"; empty if it is not known."""
         names = list(dict.fromkeys(PHASES[phase.name][1] for phase in self.status.plan or () if phase.name in PHASES))
@@ -146,27 +124,23 @@ class RunView(RunSnapshot):
     def progress(self) -> str:
         """The share, the steps and the time left, as text."""
         step, total = self.status.step, self.status.total
-        words = "step" if self.task == "subject" else "training"
-        steps = f"{words} {step} of {total}" if total and (self.status.phase == TRAINING or self.task == "classify") else ""
+        is_counted = self.task == "classify" or self.status.phase == phases.TRAINING
+        steps = f"{'training' if self.task == 'classify' else 'step'} {step} of {total}" if total and is_counted else ""
         share = "" if self.share is None else f"{self.share:.0%}"
         return " · ".join(filter(None, (share, steps, self.time_left)))
 
     @property
     def headline(self) -> str:
         """Its state in words."""
-        seconds = self.status.seconds
+        done, total, seconds = max(self.status.step or 0, self.saved), self.status.total, self.status.seconds
+        has_steps = done and total and self.task == "subject"
         sentences = {
             "queued": in_queue(self.runs_before) if self.runs_before else STARTING,
             "starting": STARTING,
-            "running": self.phase,
+            "running": phase_title(self.status),
             "done": "Done" if seconds is None else f"Done in {duration(seconds)}",
         }
-        return sentences.get(self.state) or self._steps_done
-
-    @property
-    def _steps_done(self) -> str:
-        done, total = max(self.status.step or 0, self.saved), self.status.total
-        return f"{done} of {total} steps were done" if done and total and self.task == "subject" else "No training step was done"
+        return sentences.get(self.state, f"{done} of {total} steps were done" if has_steps else "No training step was done")
 
     @property
     def saved(self) -> int:
@@ -229,11 +203,11 @@ def in_queue(ahead: int) -> str:
 
 def phase_title(status: RunStatus) -> str:
     """The title of the phase in status.json."""
-    phase = str(status.phase or LOADING)
-    if phase == CROSS_VALIDATION and status.fold is not None:
+    phase = str(status.phase or phases.LOADING)
+    if phase == phases.CROSS_VALIDATION and status.fold is not None:
         of_all = "" if status.folds is None else f" of {status.folds}"
         return f"Cross-validation, fold {status.fold}{of_all}: a short training without photo {status.fold}"
-    if phase == FITTING and status.method is not None:
+    if phase == phases.FITTING and status.method is not None:
         return f"Training {naming.method_name(status.method)}, {status.shots} images per class, seed {status.seed}"
     return PHASES.get(phase, (phase, ""))[0]
 

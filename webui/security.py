@@ -13,13 +13,13 @@ import os
 import re
 import secrets
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import secure
 from secure.middleware import SecureASGIMiddleware
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -95,35 +95,21 @@ class Owners:
     """The users who own a file, an event or a session; the oldest are forgotten beyond `MAX_TRACKED`."""
 
     def __init__(self) -> None:
-        self._users: OrderedDict[str, set[str]] = OrderedDict()
+        self._users: dict[str, set[str]] = {}
 
     def add(self, handle: str, user: str) -> None:
-        """Add `user` to the owners of `handle`."""
-        self._users.setdefault(handle, set()).add(user)
-        self._users.move_to_end(handle)
-        while len(self._users) > MAX_TRACKED:
-            self._users.popitem(last=False)
+        """Add `user` to the owners of `handle`, which becomes the newest."""
+        self._users[handle] = self._users.pop(handle, set()) | {user}
+        if len(self._users) > MAX_TRACKED:
+            del self._users[next(iter(self._users))]
 
     def has(self, handle: str, user: str) -> bool:
         """Whether `user` is one of the owners of `handle`."""
         return user in self._users.get(handle, ())
 
-    def is_known(self, handle: str) -> bool:
-        """Whether `handle` has an owner."""
-        return handle in self._users
-
-
-class Refusal(Exception):
-    """A request is refused.
-
-    Args:
-        status: the HTTP status of the response.
-        sentence: the reason and the remedy, for the user.
-    """
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence = status, sentence
+    def has_only_others(self, handle: str, user: str) -> bool:
+        """Whether `handle` has owners, and `user` is none of them."""
+        return handle in self._users and not self.has(handle, user)
 
 
 class Guard:
@@ -150,33 +136,32 @@ class Guard:
             send = _page(send, self._head.replace("{origin}", html.escape(str(request.base_url))), nonce)
         try:
             receive, send = await self._checked(request, receive, send)
-        except Refusal as refusal:
-            answer = JSONResponse({"detail": refusal.sentence}, refusal.status)
-            return await answer(scope, receive, send)
+        except HTTPException as refusal:
+            return await JSONResponse({"detail": refusal.detail}, refusal.status_code)(scope, receive, send)
         client_address.set(request.client.host if request.client else "")
         await self._app(scope, receive, send)
 
     async def _checked(self, request: HTTPConnection, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """The request's channels, with the handles in its response recorded for its user.
 
-        Raises: Refusal if the request is not allowed.
+        Raises: HTTPException with the reason and the remedy if the request is not allowed.
         """
         path = request.scope["path"]
         _check_site(request)
         if DISABLED_PATHS.fullmatch(path):
-            raise Refusal(404, "Not found.")
+            raise HTTPException(404, "Not found.")
         if self._settings.accounts is not None:
             receive, send = await self._for_one_user(request, receive, send)
         if path.startswith(UPLOAD):
             self._check_disk(request.headers.get("content-length", "0"))
             receive = _refusing_cut_uploads(receive)
         if path.startswith(FILE) and not self._is_cached(path):
-            raise Refusal(403, "Only uploaded and generated files are served.")
+            raise HTTPException(403, "Only uploaded and generated files are served.")
         return receive, send
 
     def _check_disk(self, length: str) -> None:
         if shutil.disk_usage(self._cache).free < FREE_BYTES + (int(length) if length.isdigit() else 0):
-            raise Refusal(507, "The server's disk is nearly full. Delete runs or images that are no longer needed.")
+            raise HTTPException(507, "The server's disk is nearly full. Delete runs or images that are no longer needed.")
 
     def _is_cached(self, path: str) -> bool:
         return Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache)
@@ -187,7 +172,7 @@ class Guard:
         if user is None:
             if PUBLIC_PATHS.fullmatch(path):
                 return receive, send
-            raise Refusal(401, "You are not signed in. Reload the page and sign in.")
+            raise HTTPException(401, "You are not signed in. Reload the page and sign in.")
         request.scope["user"] = user
         named = f"{path}?{request.url.query}".encode()
         sessions = request.query_params.getlist("session_hash") + SESSION_IN_PATH.findall(path)
@@ -196,23 +181,23 @@ class Guard:
             named, sessions = named + body, sessions + _sessions_in(body)
             receive = _replayed(body, receive)
         self._check_handles(path, named, user)
-        for session in sessions:
-            self._bind(f"session {session}", user)
+        self._bind(sessions, user)
         return receive, self._recording(send, user) if ISSUES_HANDLES.fullmatch(path) else send
 
     def _check_handles(self, path: str, named: bytes, user: str) -> None:
         """Refuse a request for a file that `user` does not own, or that names a handle of another user."""
         handles = {handle.decode() for handle in HANDLE.findall(named)}
         if path.startswith(FILE) and not any(self._owners.has(handle, user) for handle in handles):
-            raise Refusal(403, "This file belongs to another user, or the server was restarted. Reload the page.")
-        if any(self._owners.is_known(handle) and not self._owners.has(handle, user) for handle in handles):
-            raise Refusal(403, "This request names a file or an event of another user. Reload the page.")
+            raise HTTPException(403, "This file belongs to another user, or the server was restarted. Reload the page.")
+        if any(self._owners.has_only_others(handle, user) for handle in handles):
+            raise HTTPException(403, "This request names a file or an event of another user. Reload the page.")
 
-    def _bind(self, session: str, user: str) -> None:
-        """Bind a session to the first user who names it, and refuse other users."""
-        if self._owners.is_known(session) and not self._owners.has(session, user):
-            raise Refusal(403, "This session belongs to another user. Reload the page.")
-        self._owners.add(session, user)
+    def _bind(self, sessions: list[str], user: str) -> None:
+        """Bind each session to the first user who names it, and refuse other users."""
+        for session in sessions:
+            if self._owners.has_only_others(f"session {session}", user):
+                raise HTTPException(403, "This session belongs to another user. Reload the page.")
+            self._owners.add(f"session {session}", user)
 
     def _recording(self, send: Send, user: str) -> Send:
         """`send` that records `user` as an owner of the handles in the response."""
@@ -233,7 +218,7 @@ def _check_site(request: HTTPConnection) -> None:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     is_foreign = site not in ("same-origin", "none") if site else bool(origin) and urlsplit(origin).netloc != headers.get("host")
     if is_foreign and not is_opened:
-        raise Refusal(403, "This request came from another website. The app answers only requests from its own page.")
+        raise HTTPException(403, "This request came from another website. The app answers only requests from its own page.")
 
 
 def _user(request: HTTPConnection) -> str | None:
@@ -249,9 +234,7 @@ async def _body(receive: Receive) -> bytes:
         message = await receive()
         content += message.get("body", b"")
         if len(content) > MAX_BODY:
-            raise Refusal(
-                413, f"The request is larger than {MAX_BODY >> 20} MB. Upload files instead of sending them in the request."
-            )
+            raise HTTPException(413, f"The request is larger than {MAX_BODY >> 20} MB. Upload files instead of sending them.")
         if message["type"] == "http.disconnect" or not message.get("more_body"):
             return content
 

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -21,14 +20,11 @@ from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Route
 
 from pipelines.errors import InputError
-from training.runs.run_files import METRICS, STEP
-from training.runs.run_log import LOG
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
 from webui.inference_worker import WORKER
-from webui.page import HEAD, SCRIPT, build_page
+from webui.page import CARD, FAVICON, HEAD, SCRIPT, STYLE, build_page, theme
 from webui.runs import RunView, views
 from webui.security import middlewares
-from webui.theme import CARD, FAVICON, STYLE, theme
 from webui.workspace import Settings, app_command, is_loopback
 
 logger = logging.getLogger("webui")
@@ -52,23 +48,17 @@ KEPT_VARIABLES = frozenset({"GRADIO_ROOT_PATH"})
 def parser() -> argparse.ArgumentParser:
     """The options of `python app.py` and `nora-vision app`."""
     options = argparse.ArgumentParser(description="Open the web app.", allow_abbrev=False)
-    options.add_argument("--host", default="127.0.0.1", help="address to listen on; any but a loopback address needs --accounts")
-    options.add_argument("--port", type=int, help=f"port to listen on; by default the first free one from {FIRST_PORT} on")
-    options.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
-    options.add_argument("--uploads_dir", type=Path, default=Path("uploads"), help="folder of the uploaded images and adapters")
-    options.add_argument(
-        "--accounts", type=Path, metavar="FILE", help="file of names and hashed passwords; every user must sign in"
-    )
-    options.add_argument("--add_account", metavar="NAME", help="ask for a password, add the account to --accounts, and exit")
-    options.add_argument(
-        "--base_model",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="base models that guests may use besides the built-in ones",
-    )
-    options.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
-    options.add_argument("--inbrowser", action="store_true", help="open the page in a browser")
+    add = options.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; any but a loopback address needs --accounts")
+    add("--port", type=int, help=f"port to listen on; by default the first free one from {FIRST_PORT} on")
+    add("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
+    add("--uploads_dir", type=Path, default=Path("uploads"), help="folder of the uploaded images and adapters")
+    add("--accounts", type=Path, metavar="FILE", help="file of names and hashed passwords; every user must sign in")
+    add("--add_account", metavar="NAME", help="ask for a password, add the account to --accounts, and exit")
+    models = "base models that guests may use besides the built-in ones"
+    add("--base_model", nargs="+", default=[], metavar="NAME", help=models)
+    add("--share", action="store_true", help="also open a public link through Gradio's servers")
+    add("--inbrowser", action="store_true", help="open the page in a browser")
     return options
 
 
@@ -106,14 +96,8 @@ def checked_settings(options: argparse.Namespace) -> Settings:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--{name} {str(folder)!r} cannot be created ({error}). Choose another folder.") from error
-    return Settings(
-        runs_dir=options.runs_dir.absolute(),
-        sets_dir=options.uploads_dir.absolute(),
-        host=options.host,
-        port=options.port,
-        accounts=options.accounts,
-        base_models=tuple(options.base_model),
-    )
+    runs, uploads = options.runs_dir.absolute(), options.uploads_dir.absolute()
+    return Settings(runs, uploads, options.host, options.port, options.accounts, tuple(options.base_model))
 
 
 def serve(settings: Settings, share: bool = False, in_browser: bool = False) -> int:
@@ -151,28 +135,16 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
 
     Raises: InputError if the port is taken.
     """
-    _prepare_environment(settings.sets_dir / CACHE)
-    page, accounts = build_page(settings), None
-    if settings.accounts is not None:
-        accounts = Accounts(settings.accounts)
+    cache = settings.sets_dir / CACHE
+    _prepare_environment(cache)
+    page, accounts = build_page(settings), None if settings.accounts is None else Accounts(settings.accounts)
+    sign_in = {} if accounts is None else {"auth": LoginGate(accounts).admits, "auth_message": SIGN_IN}
+    routes = [Route("/card.png", lambda request: FileResponse(CARD)), activity_route(settings)]
+    outside = {"middleware": middlewares(settings, cache, HEAD), "routes": routes}
+    look = {"favicon_path": FAVICON, "theme": theme(), "css_paths": [STYLE], "js": SCRIPT}
+    address = {"server_name": settings.host, "server_port": settings.port, "share": share, "inbrowser": in_browser}
     try:
-        app, _, _ = page.launch(
-            server_name=settings.host,
-            server_port=settings.port,
-            share=share,
-            inbrowser=in_browser,
-            auth=None if accounts is None else LoginGate(accounts).admits,
-            auth_message=None if accounts is None else SIGN_IN,
-            app_kwargs={
-                "middleware": middlewares(settings, settings.sets_dir / CACHE, HEAD),
-                "routes": [Route("/card.png", lambda request: FileResponse(CARD)), activity_route(settings)],
-            },
-            favicon_path=FAVICON,
-            theme=theme(),
-            css_paths=[STYLE],
-            js=SCRIPT,
-            **LAUNCH_OPTIONS,
-        )
+        app, _, _ = page.launch(**address, **sign_in, **look, **LAUNCH_OPTIONS, app_kwargs=outside)
     except OSError as error:
         taken = "No port is free" if settings.port is None else f"Port {settings.port} is taken, or not allowed"
         raise InputError(f"{taken} at {settings.host}. Choose another one with --port.") from error
@@ -187,10 +159,9 @@ def activity_route(settings: Settings) -> Route:
 
     def activity(request: Request) -> JSONResponse:
         runs = views(settings.workspace_of(request.scope.get("user")))
-        described = [view for view in runs if view.is_active] + [view for view in runs if not view.is_active][:RECENT_RUNS]
-        changes = repr([(view.id, view.state, *(_changes_of(view) if view.is_active else ())) for view in runs])
-        revision = hashlib.sha256(changes.encode()).hexdigest()
-        return JSONResponse({"revision": revision, "runs": [_described(view) for view in described]})
+        revision = hashlib.sha256(repr([view.version for view in runs]).encode()).hexdigest()
+        active, ended = [view for view in runs if view.is_active], [view for view in runs if not view.is_active]
+        return JSONResponse({"revision": revision, "runs": [_described(view) for view in active + ended[:RECENT_RUNS]]})
 
     return Route("/activity", activity)
 
@@ -199,13 +170,6 @@ def _described(view: RunView) -> dict[str, object]:
     percent = None if view.share is None else round(100 * view.share)
     about = {"name": view.title, "state": view.state, "active": view.is_active, "sentence": view.sentence}
     return {"id": view.id, "percent": percent, **about}
-
-
-def _changes_of(view: RunView) -> list[object]:
-    """What differs when the process of a run has written something. A heartbeat alone changes nothing."""
-    path, samples = view.record.path, view.record.samples
-    written = (path / METRICS, path / LOG, path / "adapters", samples, *samples.glob(f"{STEP}*"))
-    return [replace(view.status, heartbeat=None), *(each.stat().st_mtime_ns for each in written if each.exists())]
 
 
 def _prepare_environment(cache: Path) -> None:
@@ -228,3 +192,7 @@ def _add_account(path: Path, name: str) -> int:
     add_account(path, name, password)
     logger.info("Added the account %s to %s", name, path)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

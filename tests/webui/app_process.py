@@ -29,7 +29,7 @@ FIRST_PORT, PORTS = 8100, 200
 # The signal at which a forked server writes the stacks of all its threads into its log, and how much of the log is of interest.
 STACKS, LOG_TAIL = signal.SIGUSR1, 20_000
 # Imported once per test process, by the process that servers are forked from.
-PRELOADED = ["webui.page", "webui.security", "webui.theme", "webui.inference_jobs"]
+PRELOADED = ["webui.page", "webui.security", "webui.inference_jobs"]
 
 
 class ForkedProcess:

@@ -155,13 +155,6 @@ def test_images_are_classified_with_a_run(client, classifier, tmp_path):
     assert good["image"] == "unseen.png"
 
 
-def test_an_old_name_of_a_parameter_is_refused_with_the_new_one(client, drawer, classifier):
-    refused(client, "'strength' is now called 'scale'", drawer, "a star", strength=0.5, api_name="/generate")
-    refused(client, "'guidance' is now called 'guidance_scale'", drawer, "a star", guidance=2.0, api_name="/generate")
-    for endpoint, values in (("/classify", [classifier]), ("/start", ["subject", {}])):
-        refused(client, "'pictures' is now called 'images'", *values, pictures=[], api_name=endpoint)
-
-
 def test_a_size_and_a_sampler_can_be_chosen(client, drawer):
     path = client.predict(drawer, "a star", steps=2, size=[64, 72], sampler="DDIM", api_name="/generate")
     assert Image.open(path).size == (64, 72)

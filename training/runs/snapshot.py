@@ -6,7 +6,7 @@ Files are read again only when they have changed, so that a list of many runs is
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,7 +18,9 @@ from training.runs.fewshot_files import FewShotReport
 from training.runs.naming import RunTitle, default_title
 from training.runs.record import RunRecord, process_of
 from training.runs.run_files import (
+    ADAPTERS,
     METRICS,
+    STEP,
     TRAINING,
     Certificate,
     DryRunReport,
@@ -29,7 +31,7 @@ from training.runs.run_files import (
     Suggestion,
     read_metrics,
 )
-from training.runs.run_log import ended_by, last_error
+from training.runs.run_log import LOG, ended_by, last_error
 from training.runs.waiting import BEGINNING_SECONDS, QUEUE, runs_before
 
 Task = Literal["subject", "classify"]
@@ -201,9 +203,12 @@ class RunSnapshot:
 
     @property
     def version(self) -> tuple[object, ...]:
-        """Differs whenever its state, status, metrics or samples have changed."""
-        paths = (self.record.path / RunStatus.NAME, self.record.path / METRICS, self.record.samples)
-        return (self.id, self.title, self.state, *(map(revision, paths) if self.is_active else ()))
+        """Differs whenever its title or state has changed or its process has written something; a heartbeat changes nothing."""
+        if not self.is_active:
+            return self.id, self.title, self.state
+        path, samples = self.record.path, self.record.samples
+        written = (path / METRICS, path / LOG, path / ADAPTERS, samples, *samples.glob(f"{STEP}*"))
+        return self.id, self.title, self.state, replace(self.status, heartbeat=None), *map(revision, written)
 
     def chosen(self, group: str, name: str) -> Any:
         """An option of the run: the resolved value, else the value set on the page; None if neither is set."""

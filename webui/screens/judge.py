@@ -17,7 +17,7 @@ from pipelines.images import labelled_grid
 from training.runs.preferences import Preference, Preferences
 from training.runs.run_files import COPY_THRESHOLD, FOLDS, Suggestion
 from training.subject.measured import Sample, heldout_curve, sample_scores, sampled_steps, samples, saved_steps, subject_images
-from webui.context import QUIET, AppContext, LazyUpdate, button, frame, keys, lazy_text, text, updates
+from webui.context import QUIET, AppContext, LazyUpdate, lazy_text, shown, text, updates
 from webui.generation import steps_of
 from webui.plots import COLOURS, MARKED, Plot, line_plot
 from webui.render import enlarged, macros, parts, sample_image
@@ -222,40 +222,36 @@ def card(view: RunView) -> str:
 def content(view: RunView | None, chosen: Choices | None) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs; without a subject run, only why it is empty."""
     if view is None or view.task == "classify":
-        return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": _column(False)}
+        return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": shown(gr.Column, False)}
     record, words = view.record, card(view)
     changed = tuple((step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record))
     return {
         "empty": text(""),
-        "results": _column(True),
+        "results": shown(gr.Column, True),
         "recommendation": text(recommendation(view)),
         "grid": lazy_text((record.path, changed, chosen and replace(chosen, pair=None, result="")), lambda: grid(view, chosen)),
         "choice": lazy_text((record.path, chosen), lambda: blind_choice(view, chosen)),
         "measurements": text(measurements(view)),
-        "details": frame(bool(words)),
+        "details": shown(gr.Accordion, bool(words)),
         "card": LazyUpdate(words, lambda: gr.Markdown(words)),
         **_comparison(view, chosen),
         **{name: plot.update() for name, plot in plots(view).items()},
     }
 
 
-def _column(visible: bool) -> LazyUpdate:
-    return LazyUpdate(visible, lambda: gr.Column(visible=visible))
-
-
 def _comparison(view: RunView, chosen: Choices | None) -> dict[str, LazyUpdate]:
     """The images before and after with the same prompt and seed, and what can be done with them."""
     images = [samples(view.record, step)[chosen.prompt :][:1] for step in (0, chosen.step)] if chosen else [[]]
     if not all(images):
-        return {"compare": _column(False)}
+        return {"compare": shown(gr.Column, False)}
     (before,), (after,) = images
     step, paths = chosen.step, (before.path, after.path)
     key = (view.title, *paths, *(path.stat().st_mtime_ns for path in paths))
     return {
-        "compare": _column(True),
+        "compare": shown(gr.Column, True),
         "compared": text(judge.compared(step, after.prompt, after.seed)),
         "slider": LazyUpdate(key, lambda: gr.ImageSlider(value=tuple(map(enlarged, paths)))),
-        "use": button(step in saved_steps(view.record), f"Use step {step}"),
+        "use": shown(gr.Button, step in saved_steps(view.record), value=f"Use step {step}"),
         "share": LazyUpdate(key, lambda: gr.DownloadButton(value=shared_image(view, step, before, after))),
     }
 
@@ -268,7 +264,8 @@ def build(context: AppContext) -> None:
         view = view_of(context.settings.workspace(request), run_id)
         now = None if view is None or view.task == "classify" else choices_of(view, before)
         parts_now = dict.fromkeys(outputs, LazyUpdate(None, gr.skip)) | content(view, now)
-        return [*updates(parts_now, seen, outputs), now, keys(parts_now)]
+        *sent, sees = updates(parts_now, seen, outputs)
+        return [*sent, now, sees]
 
     def select(before: Choices, event: gr.EventData) -> Choices:
         # The base model is always on the left.

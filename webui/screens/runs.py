@@ -9,7 +9,7 @@ import gradio as gr
 
 from training.runs.naming import LONGEST_TITLE, set_title
 from webui import launching
-from webui.context import CHOOSING, QUIET, RELIST, AppContext, LazyUpdate, button, face, keys, text, updates
+from webui.context import CHOOSING, QUIET, RELIST, AppContext, LazyUpdate, face, shown, text, updates
 from webui.draft import Draft
 from webui.render import render
 from webui.runs import KINDS, RunView, views
@@ -32,7 +32,7 @@ def build(context: AppContext) -> None:
 
     def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
         now = contents(context.settings.workspace(request), run_id)
-        return [*updates(now, seen, now), keys(now)]
+        return updates(now, seen, now)
 
     outputs = [*(components[name] for name in ("list", "title", *LABELS)), seen]
     refreshing = {"fn": refresh, "inputs": [selected, seen], "outputs": outputs, **QUIET}
@@ -88,11 +88,12 @@ def contents(workspace: Workspace, run_id: str | None) -> dict[str, LazyUpdate]:
     runs = views(workspace)
     view = next((each for each in runs if each.id == run_id), None)
     allowed = () if view is None else ("open", *view.actions)
+    # With the id, because the text of another run with the same title may have been edited.
     title = (None, "") if view is None else (view.id, view.title)
     return {
         "list": text(cards(runs, run_id)),
         "title": LazyUpdate(title, lambda: gr.Textbox(value=title[1], visible=view is not None)),
-        **{name: button(name in allowed) for name in LABELS},
+        **{name: shown(gr.Button, name in allowed) for name in LABELS},
     }
 
 

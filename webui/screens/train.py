@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from training.runs.record import RunRecord
-from training.runs.run_files import CROSS_VALIDATION, FOLDS, GB, DryRunReport, ImageChecks
+from training.runs.run_files import CROSS_VALIDATION, FOLDS, DryRunReport, ImageChecks
 from training.runs.run_log import log_tail
 from training.subject.measured import heldout_curve, newest_sheet, sampled_steps, samples, subject_images
 from webui import launching
-from webui.context import AppContext, LazyUpdate, button, frame, keys, lazy_text, text, updates
+from webui.context import QUIET, AppContext, LazyUpdate, lazy_text, shown, text, updates
 from webui.plots import PALE, Plot, line_plot, running_mean, value_tables
 from webui.render import render, sample_image, thumbnail
 from webui.runs import RunView, duration, view_of
@@ -41,19 +41,19 @@ SHEET_SIDE = 1024
 
 def contents(view: RunView | None, log_open: bool = False) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs."""
-    state = {"state": text(render("train.html", view=view)), "log_frame": frame(view is not None)}
+    actions = () if view is None else (*view.actions, *(("next",) if view.state == "done" else ()))
+    buttons = {name: shown(gr.Button, name in actions) for name in BUTTONS}
+    state = {"state": text(render("train.html", view=view)), "log_frame": shown(gr.Accordion, view is not None), **buttons}
     if view is None:
         plots = {name: Plot(title, {}, (0.0, 1.0)).update() for name, (title, *_) in PLOTS.items()}
-        return state | {name: button(False) for name in BUTTONS} | plots | {name: text("") for name in TEXTS}
-    actions = (*view.actions, *(("next",) if view.state == "done" else ()))
-    plots = losses(view)
+        return state | plots | {name: text("") for name in TEXTS}
+    plots, facts = losses(view), {"report": view.read_file(DryRunReport), "left_out": view.status.expected_left_out}
     return {
         **state,
-        **{name: button(name in actions) for name in BUTTONS},
-        "next": button("next" in actions, RESULTS[view.task][1]),
+        "next": shown(gr.Button, "next" in actions, value=RESULTS[view.task][1]),
         **{name: plot.update() for name, plot in plots.items()},
         "values": text(value_tables([*plots.values()])),
-        "facts": text(render("train_facts.html", costs=costs(view), notes=notes(view))),
+        "facts": text(render("train_facts.html", **facts, duration=duration, notes=notes(view))),
         "samples": sample_images(view),
         "log": text(render("log.html", log=log_tail(view.record)) if log_open else ""),
     }
@@ -81,21 +81,6 @@ def losses(view: RunView) -> dict[str, Plot]:
     return {
         name: Plot(title, dict(zip(series, lines_of[name], strict=True)), x_range) for name, (title, series, _) in PLOTS.items()
     }
-
-
-def costs(view: RunView) -> list[tuple[str, str]]:
-    """The measurements of the dry run; empty before it."""
-    report, left_out = view.read_file(DryRunReport), view.status.expected_left_out
-    if report is None:
-        return []
-    facts = [
-        ("time", f"{report.seconds_per_step:.2g} s a step, about {duration(report.seconds)} for all"),
-        ("memory", f"{report.peak_memory / GB:.1f} GB peak"),
-        ("disk", f"up to {report.disk / 1e6:,.0f} MB while training"),
-        ("parameters", f"{report.num_trainable_parameters:,} trainable"),
-    ]
-    expected = f"approximate: about {left_out or 0:.0%} of the weight change is expected to be left out"
-    return facts + ([("export as LoRA", expected)] if left_out else [])
 
 
 def notes(view: RunView) -> list[str]:
@@ -128,35 +113,26 @@ def build(context: AppContext) -> None:
 
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
         now = contents(view_of(context.settings.workspace(request), run_id), log_open)
-        return [*updates(now, seen, components), keys(now)]
+        return updates(now, seen, components)
 
-    refreshing = {
-        "fn": refresh,
-        "inputs": [context.train_run, seen, log_open],
-        "outputs": [*components.values(), seen],
-        "show_progress": "hidden",
-        "api_visibility": "private",
-    }
+    given = [context.train_run, seen, log_open]
+    refreshing = {"fn": refresh, "inputs": given, "outputs": [*components.values(), seen], **QUIET}
     context.refreshes["train"].click(trigger_mode="always_last", **refreshing)
     components["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**refreshing)
     components["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
-    for action in ("stop", "sample", "save", "resume"):
-        components[action].click(_acting(context, action), context.train_run, context.outputs, api_visibility="private").then(
-            **refreshing
-        )
-
-    def open_result(run_id: str, request: gr.Request) -> list[Any]:
-        view = RunView(context.settings.workspace(request).run(run_id))
-        return context.show(context.settings.workspace(request), run_id, RESULTS[view.task][0])
-
-    components["next"].click(open_result, context.train_run, context.outputs, api_visibility="private")
+    for action in BUTTONS:
+        act = components[action].click(_acting(context, action), context.train_run, context.outputs, api_visibility="private")
+        if action != "next":
+            act.then(**refreshing)
 
 
 def _acting(context: AppContext, action: str) -> Callable[[str, gr.Request], list[Any]]:
-    """The handler of a button that acts on the run."""
+    """The handler of a button."""
 
     def act(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
+        if action == "next":
+            return context.show(workspace, run_id, RESULTS[RunView(workspace.run(run_id)).task][0])
         if action in ("stop", "resume"):
             getattr(launching, action)(workspace, run_id)
         else:
