@@ -1,11 +1,11 @@
-"""What the screens share: the selected run, the tabs, the drafts and the timer; errors as sentences; updates sent once."""
+"""What the screens share: the selected run, the tabs, the drafts and the refreshes; and errors as sentences."""
 
 from __future__ import annotations
 
 import html
 import logging
 import secrets
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,51 +50,6 @@ def _plain_errors() -> Iterator[None]:
         logger.exception("error %s", number)
         sentence = f"Internal error {number}. Your runs and images are not affected. The server's log has the details."
         raise gr.Error(sentence, title="Error", print_exception=False) from error
-
-
-@dataclass(frozen=True)
-class LazyUpdate:
-    """The update of one component, made only when needed.
-
-    Args:
-        key: differs whenever the content differs.
-        make: returns the update.
-    """
-
-    key: Hashable
-    make: Callable[[], Any]
-
-
-def text(value: str) -> LazyUpdate:
-    """HTML, hidden if empty."""
-    value = str(value).strip()
-    return lazy_text(value, lambda: value)
-
-
-def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
-    """HTML that is slow to make, hidden if empty."""
-
-    def update() -> gr.HTML:
-        value = str(make()).strip()
-        return gr.HTML(value=value, visible=bool(value))
-
-    return LazyUpdate(key, update)
-
-
-def shown(kind: type[gr.blocks.Block], visible: bool, **properties: Any) -> LazyUpdate:
-    """A component of this kind, visible or hidden, with other properties of it."""
-    return LazyUpdate((visible, *properties.values()), lambda: kind(visible=visible, **properties))
-
-
-def updates(now: Mapping[str, LazyUpdate], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
-    """The updates of the outputs `names`, `gr.skip()` for those that the page shows already, and last what it has seen then.
-
-    Args:
-        now: the current content.
-        seen: the keys of what was sent before.
-    """
-    sent = [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
-    return [*sent, {name: update.key for name, update in now.items()}]
 
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}

@@ -15,8 +15,7 @@ import gradio as gr
 import pandas as pd
 from markupsafe import Markup
 
-from webui.context import LazyUpdate
-from webui.render import parts
+from webui.render import LazyUpdate, parts
 
 Point = tuple[float, float]
 # More points than a screen resolves, and rows of a table that a person would listen to.

@@ -1,4 +1,4 @@
-"""HTML from the Jinja2 templates of this package, and the images in it.
+"""HTML from the Jinja2 templates of this package, the images in it, and updates of components that are sent only once.
 
 Every text is escaped; HTML that was rendered before is `Markup` and stays as it is. Images are served as copies in the cache of
 Gradio, the only folder that the server exposes.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import gradio as gr
 from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -151,3 +153,48 @@ def _thumbnail(source: Path | DatasetSource, changed: int, side: int) -> tuple[s
         image = decode(opened).image
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return save_pil_to_cache(image, get_upload_folder(), format="webp" if longest > side else "png"), longest
+
+
+@dataclass(frozen=True)
+class LazyUpdate:
+    """The update of one component, made only when needed.
+
+    Args:
+        key: differs whenever the content differs.
+        make: returns the update.
+    """
+
+    key: Hashable
+    make: Callable[[], Any]
+
+
+def text(value: str) -> LazyUpdate:
+    """HTML, hidden if empty."""
+    value = str(value).strip()
+    return lazy_text(value, lambda: value)
+
+
+def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
+    """HTML that is slow to make, hidden if empty."""
+
+    def update() -> gr.HTML:
+        value = str(make()).strip()
+        return gr.HTML(value=value, visible=bool(value))
+
+    return LazyUpdate(key, update)
+
+
+def shown(kind: type[gr.blocks.Block], visible: bool, **properties: Any) -> LazyUpdate:
+    """A component of this kind, visible or hidden, with other properties of it."""
+    return LazyUpdate((visible, *properties.values()), lambda: kind(visible=visible, **properties))
+
+
+def updates(now: Mapping[str, LazyUpdate], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
+    """The updates of the outputs `names`, `gr.skip()` for those that the page shows already, and last what it has seen then.
+
+    Args:
+        now: the current content.
+        seen: the keys of what was sent before.
+    """
+    sent = [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
+    return [*sent, {name: update.key for name, update in now.items()}]

@@ -11,8 +11,8 @@ from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, fin
 
 from training.runs.record import RunRecord
 from training.runs.run_log import LOG
-from webui.context import updates
 from webui.page import build_page
+from webui.render import updates
 from webui.runs import RunView, duration, plain_error, view_of
 from webui.screens.train import BUTTONS, contents, current_part, losses
 from webui.workspace import Settings, Workspace

@@ -17,10 +17,10 @@ from pipelines.images import labelled_grid
 from training.runs.preferences import Preference, Preferences
 from training.runs.run_files import COPY_THRESHOLD, FOLDS, Suggestion
 from training.subject.measured import Sample, heldout_curve, sample_scores, sampled_steps, samples, saved_steps, subject_images
-from webui.context import QUIET, AppContext, LazyUpdate, lazy_text, shown, text, updates
+from webui.context import QUIET, AppContext
 from webui.generation import steps_of
 from webui.plots import COLOURS, MARKED, Plot, line_plot
-from webui.render import enlarged, macros, parts, sample_image
+from webui.render import LazyUpdate, enlarged, lazy_text, macros, parts, sample_image, shown, text, updates
 from webui.runs import RunView, view_of
 
 # By title, the columns of each plot and how to read it. The last two columns of the last one are limits.

@@ -9,9 +9,9 @@ import gradio as gr
 
 from training.runs.naming import LONGEST_TITLE, set_title
 from webui import launching
-from webui.context import CHOOSING, QUIET, RELIST, AppContext, LazyUpdate, face, shown, text, updates
+from webui.context import CHOOSING, QUIET, RELIST, AppContext, face
 from webui.draft import Draft
-from webui.render import render
+from webui.render import LazyUpdate, render, shown, text, updates
 from webui.runs import KINDS, RunView, views
 from webui.screens import compare
 from webui.tasks import TASKS, Task

@@ -13,9 +13,9 @@ from training.runs.run_files import CROSS_VALIDATION, FOLDS, DryRunReport, Image
 from training.runs.run_log import log_tail
 from training.subject.measured import heldout_curve, newest_sheet, sampled_steps, samples, subject_images
 from webui import launching
-from webui.context import QUIET, AppContext, LazyUpdate, lazy_text, shown, text, updates
+from webui.context import QUIET, AppContext
 from webui.plots import PALE, Plot, line_plot, running_mean, value_tables
-from webui.render import render, sample_image, thumbnail
+from webui.render import LazyUpdate, lazy_text, render, sample_image, shown, text, thumbnail, updates
 from webui.runs import RunView, duration, view_of
 
 ASKED = {
