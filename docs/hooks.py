@@ -1,4 +1,4 @@
-"""What the site needs besides its pages: files of the repository that pages link to, and tables of flags made from the parsers.
+"""What the site needs besides its pages: files that pages link to, and tables made from the code: flags, fields and imports.
 
 A page links to a file outside of docs/ as it would on a code host, `../LICENSE` or `../../assets/before-after.png`. Images and
 notebooks are copied into the site, and the Markdown files of `PAGES` become pages of it, so that no link needs to know where the
@@ -8,6 +8,7 @@ repository is.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import logging
 import re
@@ -38,6 +39,7 @@ COPIED = ("assets/*.png", "assets/screens/*.png", "examples/*.ipynb")
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 FLAGS = re.compile(r"<!-- flags: (\w+) -->")
 FIELDS = re.compile(r"<!-- fields: ([\w.]+):(\w+) -->")
+IMPORTS = re.compile(r"<!-- imports: (\w+) -->")
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
@@ -61,10 +63,11 @@ def _page_of(source: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files of the repository lead to their copies in the site, and fill in tables of flags."""
+    """Let links to files of the repository lead to their copies in the site, and fill in the tables."""
     if page.file.src_uri not in PAGES.values():
         markdown = _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri, logger.warning)
     markdown = FIELDS.sub(lambda match: field_table(match[1], match[2]), markdown)
+    markdown = IMPORTS.sub(lambda match: import_table(match[1]), markdown)
     return FLAGS.sub(lambda match: flag_tables(match[1]), markdown)
 
 
@@ -116,6 +119,24 @@ def field_table(module: str, name: str) -> str:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help']} |")
     return "\n".join(lines)
+
+
+def import_table(package: str) -> str:
+    """A table of the modules of a package: what each is for, and which of the others it imports."""
+    lines = ["| module | what it is | imports |", "|---|---|---|"]
+    for path in sorted((ROOT / package).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        named = {_module(node.module, alias.name) for node in nodes for alias in node.names if node.module is not None}
+        others = ", ".join(f"`{name.removeprefix(f'{package}.')}`" for name in sorted(named) if name.startswith(f"{package}."))
+        if summary := (ast.get_docstring(tree) or "").partition("\n")[0]:
+            lines.append(f"| `{path.relative_to(ROOT / package).with_suffix('')}` | {summary} | {others} |")
+    return "\n".join(lines)
+
+
+def _module(base: str, name: str) -> str:
+    """The module that `from base import name` imports: a module of the package `base`, else `base` itself."""
+    return f"{base}.{name}" if (ROOT / base.replace(".", "/") / f"{name}.py").exists() else base
 
 
 def _row(action: argparse.Action) -> str:

@@ -1,6 +1,7 @@
 """The screen Runs: the actions on a run, and the comparison of runs, with and without a browser."""
 
 import json
+import shutil
 
 import gradio as gr
 import pytest
@@ -223,6 +224,16 @@ def test_a_run_is_selected_compared_and_deleted_after_a_confirmation(server, new
     card(page, "20260101-000003-cut").wait_for(state="detached")
     assert not (server.runs / "20260101-000003-cut").exists()
     assert page.locator("button.run").count() == 3
+
+    # A run that another tab deletes just before the click. The page has not asked for changes since.
+    page.route("**/activity", lambda route: route.fulfill(json={"revision": "same", "runs": []}))
+    run_in(server.runs / "20260101-000005-gone", "done")
+    page.evaluate("noraVision.refresh('runs')")
+    card(page, "20260101-000005-gone").click()
+    page.wait_for_selector("#runs-duplicate")
+    shutil.rmtree(server.runs / "20260101-000005-gone")
+    page.click("#runs-open")
+    page.get_by_text("This run does not exist. Choose one from the list.").wait_for()
 
 
 def test_two_runs_are_compared_and_a_duplicate_opens_check(server, new_page, screenshot):

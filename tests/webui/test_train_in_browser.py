@@ -101,6 +101,19 @@ def test_a_run_is_followed_stopped_resumed_and_judged(new_page, server, started,
     page.locator("#judge-use").click()
     expect(page.locator("#use-step input")).to_have_value(re.compile("60"), timeout=PATIENCE)
 
+    # The next run replaces it on Train at once, even if the page hears of no change. Its bar does not begin at the end.
+    page.route("**/activity", lambda route: route.fulfill(json={"revision": "same", "runs": []}))
+    go_to(page, "photos")
+    page.locator("#photos-train").click(timeout=PATIENCE)
+    expect(page.locator("#train-state .run-state")).not_to_have_attribute("data-run", record.path.name, timeout=PATIENCE)
+    assert page.locator("#train-state .run-state").get_attribute("data-state") in ("queued", "starting", "running")
+    page.unroute("**/activity")
+    bar = page.locator("#train-bar .bar")
+    expect(bar).to_be_visible(timeout=PATIENCE)
+    assert bar.evaluate("bar => bar.firstElementChild.getBoundingClientRect().width / bar.clientWidth") < 0.5
+    page.locator("#train-stop").click()
+    says(page, "You stopped it.")
+
 
 @pytest.mark.slow(25)
 def test_a_killed_run_is_reported_and_resumed_and_a_killed_server_loses_nothing(new_page, server, started):
