@@ -7,7 +7,6 @@ import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from markupsafe import Markup
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import ImageFile
+from webui.draft import Draft
 from webui.render import render, tile
 from webui.runs import RunView, views
 from webui.workspace import Settings, Workspace
@@ -78,43 +78,41 @@ def followed(component: gr.components.Component) -> gr.State:
     return state
 
 
-@dataclass(frozen=True)
 class AppContext:
-    """The components that the screens share.
+    """The components that the screens share, put into the open page.
 
     Args:
         page: the page.
         settings: the settings of the server.
-        run: the id of the subject run that Judge and Use show.
-        class_run: the id of the classifier that Classify shows.
-        train_run: the id of the run that Train shows, of either kind.
-        picker: the runs with their images, to choose from.
-        step: the step whose adapter Use generates with; Use renders and fills it, Judge sets it.
-        chosen: the run and the step that the user selected on Use or Judge; None for the recommended step.
-        tabs: all screens, by the ids of `webui.page.SCREENS`.
-        draft: the settings of the next runs, stored by the browser; see `Draft`. Never the settings of a run that was started.
-        draft_changed: a copy of `draft` whose change event several screens listen to.
-        class_draft: the same as `draft` for the next classifier.
-        active_tab: the name of the open screen.
-        refreshes: by screen, a hidden button that is clicked when that screen is open and should read the run's files again.
-        relist: a hidden button that page.js clicks when a run has begun or ended.
+        screens: the ids of all screens; the first one is open.
     """
 
-    page: gr.Blocks
-    settings: Settings
-    run: gr.State
-    class_run: gr.State
-    train_run: gr.State
-    picker: gr.HTML
-    step: gr.Dropdown
-    chosen: gr.State
-    tabs: gr.Tabs
-    draft: gr.BrowserState
-    draft_changed: gr.State
-    class_draft: gr.BrowserState
-    active_tab: gr.State
-    refreshes: dict[str, gr.Button]
-    relist: gr.Button
+    def __init__(self, page: gr.Blocks, settings: Settings, screens: Sequence[str]) -> None:
+        self.page, self.settings = page, settings
+        # The runs with their images, to choose from.
+        self.picker = gr.HTML(js_on_load=CHOOSING, elem_id="run")
+        # The ids of the subject run that Judge and Use show, of the classifier that Classify shows, and of the run of either kind
+        # that Train shows.
+        self.run, self.class_run, self.train_run = gr.State(None), gr.State(None), gr.State(None)
+        # The step whose adapter Use generates with; Use renders and fills it, Judge sets it.
+        self.step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
+        # The run and the step that the user selected on Use or Judge; None for the recommended step.
+        self.chosen = gr.State(None)
+        # All screens, by their ids.
+        self.tabs = gr.Tabs(elem_id="screens", overflow_behavior="wrap")
+        # The settings of the next runs of both tasks, stored by the browser; never those of a run that was started. They are not
+        # secret, and a key of this server process would lose them on a restart.
+        self.draft = gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-draft", secret="nora-vision-draft")
+        names = {"storage_key": "nora-vision-classify", "secret": "nora-vision-classify"}
+        self.class_draft = gr.BrowserState(Draft().to_browser(), **names)
+        # A copy of `draft` whose change event several screens listen to.
+        self.draft_changed = followed(self.draft)
+        # The id of the open screen.
+        self.active_tab = gr.State(screens[0])
+        # By screen, a hidden button that is clicked when that screen is open and should read the run's files again.
+        self.refreshes = {name: gr.Button(visible="hidden", elem_id=f"refresh-{name}") for name in screens}
+        # A hidden button that page.js clicks when a run has begun or ended.
+        self.relist = gr.Button(visible="hidden", elem_id="relist")
 
     @property
     def outputs(self) -> list[gr.components.Component | gr.Tabs]:

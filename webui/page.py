@@ -10,8 +10,7 @@ import gradio as gr
 from gradio.state_holder import StateHolder
 
 from webui.api import build_api
-from webui.context import CHOOSING, QUIET, AppContext, Page, followed
-from webui.draft import Draft
+from webui.context import QUIET, AppContext, Page
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.workspace import Settings
 
@@ -91,7 +90,7 @@ def build_page(settings: Settings) -> gr.Blocks:
         reopens_event_stream()
         page.unload(lambda: forget_closed_sessions(page.state_holder))
         gr.HTML(HEADER)
-        context = _context(page, settings)
+        context = AppContext(page, settings, list(SCREENS))
         # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
         # count their children.
         build_api(context)
@@ -140,27 +139,3 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
     for name, tab in opened.items():
         tab.select(None, js=f"() => noraVision.selected('{name}')", **QUIET)
     context.picker.change(None, js="() => noraVision.showsRun()", trigger_mode="multiple", **QUIET)
-
-
-def _context(page: gr.Blocks, settings: Settings) -> AppContext:
-    """The components that the screens share, put into the open page."""
-    picker = gr.HTML(js_on_load=CHOOSING, elem_id="run")
-    # The drafts are not secret. A key of this server process would lose them on a restart.
-    draft = gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-draft", secret="nora-vision-draft")
-    return AppContext(
-        page,
-        settings,
-        run=gr.State(None),
-        class_run=gr.State(None),
-        train_run=gr.State(None),
-        picker=picker,
-        step=gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False),
-        chosen=gr.State(None),
-        tabs=gr.Tabs(elem_id="screens", overflow_behavior="wrap"),
-        draft=draft,
-        draft_changed=followed(draft),
-        class_draft=gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-classify", secret="nora-vision-classify"),
-        active_tab=gr.State(next(iter(SCREENS))),
-        refreshes={name: gr.Button(visible="hidden", elem_id=f"refresh-{name}") for name in SCREENS},
-        relist=gr.Button(visible="hidden", elem_id="relist"),
-    )

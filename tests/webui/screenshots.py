@@ -81,6 +81,6 @@ def classify(page):
     go_to(page, "classify")
     page.click("#classify-go-train")
     page.click("#classify-start")
-    page.click("#classify-see-result")
+    page.get_by_role("button", name="See the classifier").click()
     expect(page.locator("#classify-confusion button").first).to_be_visible(timeout=PATIENCE)
     page.wait_for_timeout(3000)

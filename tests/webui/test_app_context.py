@@ -9,8 +9,8 @@ import pytest
 from gradio.state_holder import StateHolder
 from run_folders import end_processes, run_in
 
-from webui.context import pickers
-from webui.page import MAX_CLOSED_SESSIONS, SCREENS, _context, build_page
+from webui.context import AppContext, pickers
+from webui.page import MAX_CLOSED_SESSIONS, SCREENS, build_page
 from webui.runs import views
 from webui.workspace import Settings, Workspace
 
@@ -60,7 +60,7 @@ def test_the_oldest_sessions_of_closed_pages_are_forgotten(page):
 def context(workspace):
     """The context of the page."""
     with gr.Blocks() as page:
-        return _context(page, Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
+        return AppContext(page, Settings(runs_dir=workspace.runs, sets_dir=workspace.sets), list(SCREENS))
 
 
 def listener(page, name, of):
