@@ -184,7 +184,7 @@ def lazy_text(key: Hashable, make: Callable[[], str]) -> LazyUpdate:
     return LazyUpdate(key, update)
 
 
-def shown(kind: type[gr.blocks.Block], visible: bool, **properties: Any) -> LazyUpdate:
+def component(kind: type[gr.blocks.Block], visible: bool, **properties: Any) -> LazyUpdate:
     """A component of this kind, visible or hidden, with other properties of it."""
     return LazyUpdate((visible, *properties.values()), lambda: kind(visible=visible, **properties))
 

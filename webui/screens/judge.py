@@ -20,7 +20,7 @@ from training.subject.measured import Sample, heldout_curve, sample_scores, samp
 from webui.context import QUIET, AppContext
 from webui.generation import steps_of
 from webui.plots import COLOURS, MARKED, Plot, line_plot
-from webui.render import LazyUpdate, enlarged, lazy_text, macros, parts, sample_image, shown, text, updates
+from webui.render import LazyUpdate, component, enlarged, lazy_text, macros, parts, sample_image, text, updates
 from webui.runs import RunView, view_of
 
 # By title, the columns of each plot and how to read it. The last two columns of the last one are limits.
@@ -222,17 +222,17 @@ def card(view: RunView) -> str:
 def content(view: RunView | None, chosen: Choices | None) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs; without a subject run, only why it is empty."""
     if view is None or view.task == "classify":
-        return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": shown(gr.Column, False)}
+        return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": component(gr.Column, False)}
     record, words = view.record, card(view)
     changed = tuple((step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record))
     return {
         "empty": text(""),
-        "results": shown(gr.Column, True),
+        "results": component(gr.Column, True),
         "recommendation": text(recommendation(view)),
         "grid": lazy_text((record.path, changed, chosen and replace(chosen, pair=None, result="")), lambda: grid(view, chosen)),
         "choice": lazy_text((record.path, chosen), lambda: blind_choice(view, chosen)),
         "measurements": text(measurements(view)),
-        "details": shown(gr.Accordion, bool(words)),
+        "details": component(gr.Accordion, bool(words)),
         "card": LazyUpdate(words, lambda: gr.Markdown(words)),
         **_comparison(view, chosen),
         **{name: plot.update() for name, plot in plots(view).items()},
@@ -243,15 +243,15 @@ def _comparison(view: RunView, chosen: Choices | None) -> dict[str, LazyUpdate]:
     """The images before and after with the same prompt and seed, and what can be done with them."""
     images = [samples(view.record, step)[chosen.prompt :][:1] for step in (0, chosen.step)] if chosen else [[]]
     if not all(images):
-        return {"compare": shown(gr.Column, False)}
+        return {"compare": component(gr.Column, False)}
     (before,), (after,) = images
     step, paths = chosen.step, (before.path, after.path)
     key = (view.title, *paths, *(path.stat().st_mtime_ns for path in paths))
     return {
-        "compare": shown(gr.Column, True),
+        "compare": component(gr.Column, True),
         "compared": text(judge.compared(step, after.prompt, after.seed)),
         "slider": LazyUpdate(key, lambda: gr.ImageSlider(value=tuple(map(enlarged, paths)))),
-        "use": shown(gr.Button, step in saved_steps(view.record), value=f"Use step {step}"),
+        "use": component(gr.Button, step in saved_steps(view.record), value=f"Use step {step}"),
         "share": LazyUpdate(key, lambda: gr.DownloadButton(value=shared_image(view, step, before, after))),
     }
 

@@ -11,7 +11,7 @@ from training.runs.naming import LONGEST_TITLE, set_title
 from webui import launching
 from webui.context import CHOOSING, QUIET, RELIST, AppContext, face
 from webui.draft import Draft
-from webui.render import LazyUpdate, render, shown, text, updates
+from webui.render import LazyUpdate, component, render, text, updates
 from webui.runs import KINDS, RunView, views
 from webui.screens import compare
 from webui.tasks import TASKS, Task
@@ -93,7 +93,7 @@ def contents(workspace: Workspace, run_id: str | None) -> dict[str, LazyUpdate]:
     return {
         "list": text(cards(runs, run_id)),
         "title": LazyUpdate(title, lambda: gr.Textbox(value=title[1], visible=view is not None)),
-        **{name: shown(gr.Button, name in allowed) for name in LABELS},
+        **{name: component(gr.Button, name in allowed) for name in LABELS},
     }
 
 

@@ -15,7 +15,7 @@ from training.subject.measured import heldout_curve, newest_sheet, sampled_steps
 from webui import launching
 from webui.context import QUIET, AppContext
 from webui.plots import PALE, Plot, line_plot, running_mean, value_tables
-from webui.render import LazyUpdate, lazy_text, render, sample_image, shown, text, thumbnail, updates
+from webui.render import LazyUpdate, component, lazy_text, render, sample_image, text, thumbnail, updates
 from webui.runs import RunView, duration, view_of
 
 ASKED = {
@@ -42,15 +42,15 @@ SHEET_SIDE = 1024
 def contents(view: RunView | None, log_open: bool = False) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs."""
     actions = () if view is None else (*view.actions, *(("next",) if view.state == "done" else ()))
-    buttons = {name: shown(gr.Button, name in actions) for name in BUTTONS}
-    state = {"state": text(render("train.html", view=view)), "log_frame": shown(gr.Accordion, view is not None), **buttons}
+    buttons = {name: component(gr.Button, name in actions) for name in BUTTONS}
+    state = {"state": text(render("train.html", view=view)), "log_frame": component(gr.Accordion, view is not None), **buttons}
     if view is None:
         plots = {name: Plot(title, {}, (0.0, 1.0)).update() for name, (title, *_) in PLOTS.items()}
         return state | plots | {name: text("") for name in TEXTS}
     plots, facts = losses(view), {"report": view.read_file(DryRunReport), "left_out": view.status.expected_left_out}
     return {
         **state,
-        "next": shown(gr.Button, "next" in actions, value=RESULTS[view.task][1]),
+        "next": component(gr.Button, "next" in actions, value=RESULTS[view.task][1]),
         **{name: plot.update() for name, plot in plots.items()},
         "values": text(value_tables([*plots.values()])),
         "facts": text(render("train_facts.html", **facts, duration=duration, notes=notes(view))),
