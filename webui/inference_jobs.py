@@ -50,8 +50,8 @@ from webui.labelled_datasets import LabelledClass, LabelledClasses
 from webui.uploads import display_name
 from webui.workspace import Workspace
 
-# The jobs that run one after another.
-ON_DEVICE = frozenset({"generate", "merge", "adapter_file", "classify", "zero_shot"})
+# The jobs of a lane run one after another. Classification takes a moment, so it does not wait until images are generated.
+LANES = {"generate": "diffusion", "merge": "diffusion", "adapter_file": "diffusion", "classify": "clip", "zero_shot": "clip"}
 # The zero-shot accuracy uses at most MOST_ZERO_SHOT images, but FEWEST_OF_CLASS of every class, to take a few seconds.
 MOST_ZERO_SHOT, FEWEST_OF_CLASS = 200, 2
 MAX_CLASSIFIERS, MOST_FILES, TOP = 2, 200, 3

@@ -262,12 +262,13 @@ WORKER = InferenceWorker()
 
 
 class _Serving:
-    """The worker's side of a connection: one thread for the jobs on the device, and some for the other jobs."""
+    """The worker's side of a connection: one thread for the jobs of each lane, and some for the other jobs."""
 
     def __init__(self, connection: Connection, jobs: ModuleType) -> None:
         self._connection, self._jobs, self._lock = connection, jobs, threading.Lock()
         self._cancelled: set[int] = set()
-        self._device, self._files = ThreadPoolExecutor(1, "device"), ThreadPoolExecutor(FILE_THREADS, "files")
+        self._lanes = {lane: ThreadPoolExecutor(1, lane) for lane in set(jobs.LANES.values())}
+        self._files = ThreadPoolExecutor(FILE_THREADS, "files")
 
     def run(self) -> None:
         """Run jobs until the page's side closes the connection or asks for the end, and then wait for those in flight."""
@@ -276,9 +277,9 @@ class _Serving:
             if request.name is None:
                 self._cancelled.add(request.number)
             else:
-                pool = self._device if request.name in self._jobs.ON_DEVICE else self._files
+                pool = self._lanes.get(self._jobs.LANES.get(request.name), self._files)
                 pool.submit(self._result, request).add_done_callback(partial(self._finish, request))
-        for pool in (self._device, self._files):
+        for pool in (*self._lanes.values(), self._files):
             pool.shutdown()
 
     def _send(self, content: bytes) -> None:
@@ -314,8 +315,9 @@ def serve(connection: Connection, jobs: ModuleType) -> None:
     """Run the jobs of the page's side until it closes the connection or asks for the end.
 
     Args:
-        jobs: a module whose functions are the jobs: ON_DEVICE names those that run one after another, `on_gpu` tells whether
-            their models are on a GPU. A streaming job has a function to report events with as its first argument.
+        jobs: a module whose functions are the jobs. LANES has the lane of those that use a model: the jobs of one lane run one
+            after another. `on_gpu` tells whether the models are on a GPU. A streaming job has a function to report events with
+            as its first argument.
     """
     with suppress(EOFError, ConnectionError):
         _Serving(connection, jobs).run()

@@ -1,10 +1,10 @@
-"""The classes that a classifier can be trained on: the example, the user's uploads, and local folders."""
+"""The classes that a classifier can be trained on: the examples, the user's uploads, and local folders."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Literal
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipLimits, read_zip
+from pipelines.fewshot.layouts import counted, is_or_are
 from pipelines.fewshot.sources import DatasetSource, ImageFile
-from training.runs.record import RunRecord
 from webui.datasets import CLASS_GONE, POINTER, SET, Dataset, DatasetContent, num_test_images
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
@@ -94,11 +94,20 @@ class LabelledClasses:
         if not counts:
             return ["There are no classes yet. Add a zip of class folders, or name a class and add its images."]
         said = ["There is only one class. A classifier needs at least two. Add another."] if len(counts) == 1 else []
-        too_few = {name: count for name, count in counts.items() if count < FEWEST}
-        said += [f"{one} has {_images(n)}. Training needs at least {FEWEST} per class. Add more." for one, n in too_few.items()]
+        for name in (name for name, count in counts.items() if count < FEWEST):
+            said.append(f"{name} has {counted(counts[name])}. Training needs at least {FEWEST} per class. Add more.")
         if names := [one.name for one in self.classes if len(one.images) >= FEWEST and not one.learnable]:
             said.append(f"All images of {_listed(names)} are test images. Add images for training.")
-        return [*said, *_rough(counts)]
+        if names := [name for name, count in counts.items() if FEWEST <= count < FEW]:
+            few = f"{_listed(names)} {'has' if len(names) == 1 else 'have'} fewer than {FEW} images."
+            said.append(
+                f"{few} Training works, but 30% of them are test images, so the measured accuracy is only a rough estimate."
+            )
+        least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+        if counts[most] > UNEVEN * max(1, counts[least]):
+            more = f"{most} has many more images than {least} ({counts[most]} and {counts[least]})."
+            said.append(f"{more} Add images of {least}.")
+        return said
 
     def duplicates(self) -> list[str]:
         """A sentence for each group of classes that share identical images, which training leaves out."""
@@ -113,21 +122,10 @@ class LabelledClasses:
                     by_content[hashlib.sha256(source.content()).digest()].add(name)
         shared = Counter(tuple(sorted(names)) for names in by_content.values() if len(names) > 1)
         return [
-            f"{_images(count)} {'is' if count == 1 else 'are'} in more than one class: {_listed(names)}. Training leaves such "
-            "images out. Remove them from the wrong classes."
+            f"{counted(count)} {is_or_are(count)} in more than one class: {_listed(names)}. Training leaves such images out. "
+            "Remove them from the wrong classes."
             for names, count in shared.items()
         ]
-
-
-def _rough(counts: Mapping[str, int]) -> Iterator[str]:
-    if names := [name for name, count in counts.items() if FEWEST <= count < FEW]:
-        yield (
-            f"{_listed(names)} {'has' if len(names) == 1 else 'have'} fewer than {FEW} images. Training works, but 30% of them "
-            "are test images, so the measured accuracy is only a rough estimate."
-        )
-    least, most = min(counts, key=counts.get), max(counts, key=counts.get)
-    if counts[most] > UNEVEN * max(1, counts[least]):
-        yield f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). Add images of {least}."
 
 
 def class_datasets(workspace: Workspace) -> list[str]:
@@ -172,6 +170,12 @@ def _example(name: str) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
     for source in read_zip(path, ZipLimits()).files:
         images[source.name.partition("/")[0]].append(source)
     return tuple(LabelledClass(one, one, tuple(own), len(own) - num_test_images(len(own))) for one, own in images.items()), ()
+
+
+def uploaded_dataset(workspace: Workspace, set_id: str | None) -> Dataset | None:
+    """The dataset `set_id` if the user has uploaded it, so that images can be added to it."""
+    dataset = None if set_id is None or set_id in EXAMPLES else Dataset.of(workspace, set_id)
+    return dataset if dataset is not None and dataset.content().local_folder is None else None
 
 
 def uploaded_classes(dataset: Dataset) -> LabelledClasses:
@@ -220,15 +224,10 @@ def rename_class(dataset: Dataset, key: str, name: str) -> None:
         read_local_folder(dataset.folder.name, content)
 
 
-def dataset_of_run(workspace: Workspace, record: RunRecord) -> str | None:
-    """The id of the classes that a run was trained on; None if they are outside of the workspace, or gone."""
-    return dataset_in(workspace, record.options().get("data", {}).get("data_dir"))
-
-
 def dataset_in(workspace: Workspace, folder: str | None) -> str | None:
-    """The id of the classes that the option data_dir names; None if they are outside of the workspace, or gone."""
+    """The id of the dataset whose folder or zip a run was given; None if it is outside of the workspace, or gone."""
     for name, (_, path) in EXAMPLES.items():
-        if folder == (None if path is None else str(path)):
+        if folder == (None if path is None else str(path.absolute())):
             return name
     path = Path(folder)
     if path.parent == workspace.sets.absolute():
@@ -240,10 +239,6 @@ def dataset_in(workspace: Workspace, folder: str | None) -> str | None:
 def _check_local(workspace: Workspace) -> None:
     if not workspace.is_local:
         raise InputError("Local folders can be used only from this machine. Upload the images instead.")
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
 
 
 def _listed(names: Sequence[str]) -> str:

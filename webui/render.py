@@ -52,9 +52,9 @@ TEMPLATES = Environment(
 )
 
 
-def macros(name: str) -> Any:
-    """The macros of a template as functions that return Markup."""
-    return TEMPLATES.get_template(name).module
+def macros(name: str, **helpers: object) -> Any:
+    """The macros of a template as functions that return Markup; they may use `helpers`, functions and constants by name."""
+    return TEMPLATES.get_template(name).make_module(helpers)
 
 
 # What every screen shows: parts.warning("The disk is full.").

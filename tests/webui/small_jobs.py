@@ -9,7 +9,7 @@ from pathlib import Path
 from pipelines.errors import InputError
 from webui.inference_worker import serve
 
-ON_DEVICE = {"steps", "append"}
+LANES = {"steps": "slow", "append": "slow", "answer": "quick"}
 
 
 def on_gpu():
@@ -18,6 +18,10 @@ def on_gpu():
 
 def process_id():
     return os.getpid()
+
+
+def answer(text):
+    return text
 
 
 def refuse(sentence):

@@ -1,18 +1,22 @@
-"""The result of a classifier: sentences computed from made-up accuracies, and the test images, tables and files of a run."""
+"""A classifier: sentences on made-up accuracies, the test images, tables and files of a run, and training again."""
 
 import csv
+import html
+import re
 import zipfile
 from dataclasses import replace
 
 import pytest
-from class_folders import COLOURS, colour_folder, finished_classifier
+from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier, images_of
 
 from pipelines.errors import InputError
 from pipelines.fewshot.metrics import wilson_interval
 from training.fewshot.report import summary_of
-from webui import classifiers
-from webui.classifiers import Result, result_of, share, source_of
-from webui.screens import classify_result
+from webui import classifiers, launching
+from webui.classifiers import Result, result_of, share, source_of, train_again
+from webui.datasets import Dataset
+from webui.labelled_datasets import class_datasets
+from webui.screens.classify_result import result_html, result_updates
 from webui.workspace import Workspace
 
 NAMES = {name: name for name in COLOURS}
@@ -57,8 +61,13 @@ def made_up(record):
     return make
 
 
+def plain(markup):
+    """The text of a piece of HTML."""
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", str(markup))).split())
+
+
 def sentences_of(result):
-    return " ".join(sentence for _, sentence in classifiers.findings(replace(result, trial=no_counts(result))))
+    return plain(result_html.findings(replace(result, trial=no_counts(result))))
 
 
 def no_counts(result):
@@ -68,12 +77,13 @@ def no_counts(result):
 
 def test_the_headline_names_the_best_method_with_its_interval_and_the_others_beside_it(made_up):
     result = made_up(zeroshot=0.1, pixels=0.2, linear_probe=0.38, nora=0.28)
-    figure, sentence, beside = classifiers.headline(result)
     top1 = result.trial.test.top1
-    assert (result.trial.method, figure) == ("linear_probe", "38%")
-    assert "test accuracy of the best of 4 methods, Linear probe: 76 of 200 test images" in sentence
-    assert f"(95% interval: {share(top1.low)} to {share(top1.high)})" in sentence
-    assert beside == "On the same images: Zero-shot 10%, Raw pixels 20%, random guessing 10%."
+    assert result.trial.method == "linear_probe"
+    assert plain(result_html.headline(result)) == (
+        "38% test accuracy of the best of 4 methods, Linear probe: 76 of 200 test images are classified correctly (95% interval: "
+        f"{share(top1.low)} to {share(top1.high)}). They were not used for training. "
+        "On the same images: Zero-shot 10%, Raw pixels 20%, random guessing 10%."
+    )
 
 
 def test_another_method_than_the_best_says_which_is_better_and_how_clearly(made_up):
@@ -137,35 +147,36 @@ def test_few_test_images_and_many_methods_limit_what_the_accuracy_says(made_up):
 
 
 def test_methods_are_sorted_by_accuracy_and_the_best_is_marked(made_up):
-    rows = classifiers.method_rows(made_up(shown="nora", zeroshot=0.1, pixels=0.2, linear_probe=0.38, nora=0.28))
-    assert [row.name for row in rows] == ["Linear probe", "NoRA", "Raw pixels", "Zero-shot"]
-    assert [row.is_best for row in rows] == [True, False, False, False]
-    assert [row.is_shown for row in rows] == [False, True, False, False]
-    assert rows[0].cells[2:] == ("10", "8.0 KB", "3 s")
+    table = result_html.methods(made_up(shown="nora", zeroshot=0.1, pixels=0.2, linear_probe=0.38, nora=0.28))
+    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall("<tr.*?</tr>", table, re.DOTALL)[1:]]
+    assert [plain(name).split(" ")[0] for name, *_ in rows] == ["Linear", "NoRA", "Raw", "Zero-shot"]
+    assert ["best" in name for name, *_ in rows] == [True, False, False, False]
+    assert rows[0][3:] == ["10", "8.0 kB", "3 s"]
+    assert re.search('<tr class="chosen">.*?<span>(.*?)</span>', table, re.DOTALL)[1] == "NoRA"
+    assert table.count('class="chosen"') == 1
 
 
 def test_a_method_that_failed_is_listed_last_with_its_reason(made_up):
     result = made_up(zeroshot=0.1, nora=0.28)
     result = replace(result, report=replace(result.report, failed={"lora": "rank must be smaller. <Lower> it."}))
-    assert classifiers.method_rows(result)[-1].name == "LoRA"
-    assert "failed: rank must be smaller. &lt;Lower&gt; it." in classify_result.macros.methods(
-        classifiers.method_rows(result), ""
-    )
+    last = result_html.methods(result).rpartition("<tr>")[2]
+    assert "LoRA" in last
+    assert "failed: rank must be smaller. &lt;Lower&gt; it." in last
 
 
 def test_a_class_without_test_images_is_named(record):
     result = result_of(record)
-    assert result.untested() == []
+    assert result.untested == []
     result.trial.test.confusion[1] = [0, 0, 0]
     result.trial.test.per_class[result.classes[1]] = None
-    assert result.untested() == [result.classes[1]]
-    assert f"{result.classes[1]} (0): no test images." in classify_result.per_class(result)
-    assert f"No test images for {result.classes[1]}" in " ".join(sentence for _, sentence in classifiers.findings(result))
+    assert result.untested == [result.classes[1]]
+    assert f"{result.classes[1]} (0): no test images." in result_html.per_class(result)
+    assert f"No test images for {result.classes[1]}" in result_html.findings(result)
 
 
 def test_the_cells_of_the_confusion_matrix_are_labelled_buttons_and_open_the_images_that_they_count(record):
     result = result_of(record, "trials/2-shots/seed-0/nora")
-    matrix = classify_result.confusion(result)
+    matrix = result_html.confusion(result)
     assert matrix.count("<button") == 4
     assert 'aria-label="2 images of ruby predicted as leaf. Show images."' in matrix
     assert 'aria-label="8 images of sea classified correctly. Show images."' in matrix
@@ -173,31 +184,31 @@ def test_the_cells_of_the_confusion_matrix_are_labelled_buttons_and_open_the_ima
     for true, row in enumerate(result.trial.test.confusion):
         for predicted, count in enumerate(row):
             assert len(result.in_cell(true, predicted)) == count
-    opened = classify_result.cell_images(result, 0, 1)
+    opened = result_html.cell(result, 0, 1)
     assert opened.count("<img") == 2
     assert "true class ruby, predicted <b>leaf</b>" in opened
-    assert "mostly mistaken for leaf" in classify_result.per_class(result)
+    assert "8 test images, mostly mistaken for leaf" in result_html.per_class(result)
 
 
 def test_with_many_classes_the_confusion_matrix_shows_those_with_the_most_mistakes(record):
     result = result_of(record)
-    count = classify_result.MOST_IN_MATRIX + 5
+    count = result_html.MOST_IN_MATRIX + 5
     counts = [[5 * (row == column) for column in range(count)] for row in range(count)]
     counts[2][count - 1] = 3
     trial = replace(result.trial, test=replace(result.trial.test, confusion=counts))
     dataset = replace(result.report.dataset, classes=[f"class {label}" for label in range(count)])
-    matrix = classify_result.confusion(replace(result, trial=trial, report=replace(result.report, dataset=dataset)))
+    matrix = result_html.confusion(replace(result, trial=trial, report=replace(result.report, dataset=dataset)))
     assert f"3 images of class 2 predicted as class {count - 1}" in matrix
     assert "The 5 classes with the fewest mistakes are not shown" in matrix
-    assert matrix.count('scope="row"') == classify_result.MOST_IN_MATRIX
+    assert matrix.count('scope="row"') == result_html.MOST_IN_MATRIX
 
 
 def test_the_worst_mistakes_are_those_with_the_highest_confidence(record):
     result = result_of(record, "trials/2-shots/seed-0/nora")
-    mistakes = result.mistakes()
+    mistakes = result.mistakes
     assert [one.name for one in mistakes] == ["ruby/0.png", "ruby/1.png"]
     assert mistakes[0].confidence >= mistakes[1].confidence
-    assert "cannot be added to the training" in classify_result.worst_mistakes(result)
+    assert "cannot be added to the training" in plain(result_html.worst(result))
 
 
 def test_an_image_that_changed_after_the_test_is_not_shown(record, images):
@@ -208,7 +219,7 @@ def test_an_image_that_changed_after_the_test_is_not_shown(record, images):
     assert source_of(record, image) is None
     (images / image.name).unlink()
     assert source_of(record, image) is None
-    assert "no longer exists" in classify_result.cell_images(result, 0, 1)
+    assert "no longer exists" in result_html.cell(result, 0, 1)
 
 
 def test_a_test_image_outside_of_the_dataset_is_not_read(record):
@@ -220,7 +231,7 @@ def test_a_test_image_outside_of_the_dataset_is_not_read(record):
 def test_class_names_are_escaped_everywhere(workspace, images):
     result = result_of(finished_classifier(workspace, images, HOSTILE), "trials/2-shots/seed-0/nora")
     result.trial.test.confusion[1] = [0, 0, 0]
-    shown = " ".join(map(str, classify_result._updates(result)[1:8])) + classify_result.cell_images(result, 0, 1)
+    shown = " ".join(map(str, result_updates(result)[1:5])) + result_html.cell(result, 0, 1)
     assert "&lt;img src=x" in shown
     assert "<img src=x" not in shown
     assert "a & b" not in shown
@@ -273,3 +284,60 @@ def test_a_run_that_is_not_done_has_no_result(workspace):
 @pytest.mark.parametrize(("value", "shown"), [(0.694, "69%"), (1.0, "100%"), (0.997, "over 99%"), (0.0, "0%")])
 def test_a_share_below_one_is_never_rounded_to_100_percent(value, shown):
     assert share(value) == shown
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The runs that would have been started."""
+    calls = []
+    monkeypatch.setattr(launching, "start", lambda workspace, task, options: calls.append((task, options)) or "new-run")
+    monkeypatch.setattr(
+        launching, "duplicate", lambda workspace, run_id: {"data": {"seeds": [0], "shots": ["2"], "class_names": ["a=b"]}}
+    )
+    return calls
+
+
+def test_corrected_images_become_training_images_of_the_uploaded_dataset(workspace, started, tmp_path):
+    dataset = colour_set(workspace, tmp_path / "given")
+    keys = {one.folder: one.name for one in dataset.content().classes}
+    record = finished_classifier(workspace, dataset.folder, keys)
+    tested = images_of(dataset, "test")
+    new = tmp_path / "new.png"
+    new.write_bytes(coloured("sea", 99))
+    assert train_again(workspace, record, {"sea": [new]}) == (dataset.id, "new-run")
+    (((task, options)),) = started
+    assert task == "classify"
+    assert options["data"] == {
+        "seeds": [0],
+        "shots": ["all"],
+        "data_dir": str(dataset.folder.absolute()),
+        "class_names": ["c00=ruby", "c01=leaf", "c02=sea"],
+    }
+    assert len(dataset.content().classes[2].images) == 7
+    assert images_of(dataset, "test") == tested
+
+
+def test_correcting_a_run_on_a_local_folder_copies_it_with_the_same_test_split(workspace, record, started, images, tmp_path):
+    new = tmp_path / "new.png"
+    new.write_bytes(coloured("ruby", 99))
+    set_id, _ = train_again(workspace, record, {"ruby": [new]})
+    dataset = Dataset.of(workspace, set_id)
+    assert [len(one.images) for one in dataset.content().classes] == [9, 8, 8]
+    assert (len(images_of(dataset, "test")), len(images_of(dataset, "train"))) == (24, 1)
+    assert len(list((images / "ruby").iterdir())) == 8
+
+
+def test_no_run_starts_without_a_correction(workspace, record, started):
+    with pytest.raises(InputError, match="No image was corrected"):
+        train_again(workspace, record, {"ruby": []})
+    assert started == []
+
+
+def test_no_run_starts_if_the_images_are_gone(workspace, record, started, images, tmp_path):
+    new = tmp_path / "new.png"
+    new.write_bytes(coloured("ruby", 99))
+    (images / "sea" / "3.png").unlink()
+    with pytest.raises(InputError, match="are gone"):
+        train_again(workspace, record, {"ruby": [new]})
+    assert started == []
+    assert class_datasets(workspace) == []

@@ -1,6 +1,7 @@
 """The event listeners of the screen Classify, without a browser."""
 
 import json
+import re
 from pathlib import Path
 
 import gradio as gr
@@ -11,6 +12,7 @@ from listeners import listener
 from pipelines.errors import InputError
 from webui import inference_jobs, launching
 from webui.datasets import Dataset
+from webui.labelled_datasets import point_to
 from webui.page import build_page
 from webui.workspace import Settings
 
@@ -67,39 +69,63 @@ def test_no_run_starts_on_a_dataset_that_is_not_ready(page, workspace, tmp_path)
         listener(page, "classify", "begin")({**DRAFT, "set": dataset.id}, None)
 
 
-def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing(page, workspace, tmp_path):
-    take = listener(page, "classify_images", "take_zip")
-    before = len(list(workspace.sets.glob("*/set.json"))) if workspace.sets.is_dir() else 0
-    draft, said, _ = take(str(colour_zip(tmp_path / "a.zip", 4)), {**DRAFT, "set": "digits"}, None)
+def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing_behind(page, workspace, tmp_path):
+    upload = listener(page, "classify_images", "upload")
+    before = set(workspace.sets.glob("*"))
+    draft, _, said, *fields = upload({**DRAFT, "set": "digits"}, str(colour_zip(tmp_path / "a.zip", 4)), "half typed", None, None)
     assert "12 images added" in said
-    assert [one.name for one in Dataset.of(workspace, draft["set"]).content().classes] == sorted(COLOURS)
+    assert fields == [None, gr.skip(), gr.skip()]
+    dataset = Dataset.of(workspace, draft["set"])
+    assert [one.name for one in dataset.content().classes] == sorted(COLOURS)
     (tmp_path / "b.zip").write_text("no zip")
-    _, said, file = take(str(tmp_path / "b.zip"), {**DRAFT, "set": "digits"}, None)
+    draft, _, said, *fields = upload({**DRAFT, "set": "digits"}, str(tmp_path / "b.zip"), "", None, None)
     assert "not a zip" in said
-    assert file is None
-    assert len(list(workspace.sets.glob("*/set.json"))) == before + 1
+    assert (draft, fields) == (gr.skip(), [None, gr.skip(), gr.skip()])
+    assert set(workspace.sets.glob("[!.]*")) - before == {dataset.folder}
+
+
+def test_images_join_a_class_and_stay_in_their_field_if_it_has_no_name(page, workspace, tmp_path):
+    upload, dataset = listener(page, "classify_images", "upload"), colour_set(workspace, tmp_path / "given")
+    (tmp_path / "new.png").write_bytes(coloured("sea", 50))
+    draft = {**DRAFT, "set": dataset.id}
+    assert upload(draft, None, "sea", [str(tmp_path / "new.png")], None)[0]["set"] == dataset.id
+    assert [len(one.images) for one in dataset.content().classes] == [6, 6, 7]
+    _, _, said, *fields = upload(draft, None, " ", [str(tmp_path / "new.png")], None)
+    assert "A class needs a name" in said
+    assert fields == [None, gr.skip(), gr.skip()]
 
 
 def test_the_result_is_shown_and_not_sent_again(page, record):
     refresh = listener(page, "classify_result", "refresh")
-    *shown, seen = refresh(record.path.name, None, None, None)
+    seen, *shown = refresh(record.path.name, None, None, None)
     assert any("test images are classified correctly" in str(one) for one in shown)
     again = refresh(record.path.name, None, seen, None)
     assert all(one == gr.skip() for one in again)
 
 
+def test_another_method_keeps_the_predictions_and_another_classifier_starts_with_its_best_method(page, record):
+    refresh = listener(page, "classify_result", "refresh")
+    best, *_ = refresh(record.path.name, None, None, None)
+    other, *shown = refresh(record.path.name, "trials/2-shots/seed-0/zeroshot", best, None)
+    assert other[2] == "trials/2-shots/seed-0/zeroshot"
+    assert shown[-4:] == [gr.skip()] * 4
+    changed, *shown = refresh(record.path.name, other[2], ("another run", "done", other[2]), None)
+    assert changed == best
+    assert shown[-4:-1] == [None, [], ""]
+
+
 def test_a_cell_opens_its_images_and_an_unknown_cell_is_refused(page, record):
     opened = listener(page, "classify_result", "open_cell")
-    assert opened(record.path.name, NORA, gr.EventData(None, {"true": 0, "predicted": 1}), None).count("<img") == 2
-    for strange in ({}, {"true": 0, "predicted": 7}, {"true": "0", "predicted": 1}, {"true": [0], "predicted": -1}):
+    clicked = gr.EventData(None, {"true": "0", "predicted": "1"})
+    assert opened(record.path.name, NORA, clicked, None).count("<img") == 2
+    for strange in ({}, {"true": "0", "predicted": "7"}, {"true": "x", "predicted": "1"}, {"true": ["0"], "predicted": "-1"}):
         with pytest.raises(InputError, match="belongs to another classifier"):
             opened(record.path.name, None, gr.EventData(None, strange), None)
 
 
 def test_a_missing_run_causes_no_error_on_the_page(page):
-    for part, given in (("classify_result", (None, None)), ("classify_use", (None,))):
-        empty, content, *_ = listener(page, part, "refresh")("no-such-run", *given, None)
-        assert (empty.visible, content.visible) == (True, False)
+    _, *shown = listener(page, "classify_result", "refresh")("no-such-run", None, None, None)
+    assert [one.visible for one in shown[:5]] == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize(("state", "sentence"), [("failed", "Training failed"), ("stopped", "Training was stopped")])
@@ -107,45 +133,61 @@ def test_a_run_without_a_result_says_what_became_of_it(page, workspace, state, s
     run = workspace.new_run()
     (run / "status.json").write_text(json.dumps({"state": state, "phase": "fitting", "error": "InputError: x", "step": 0}))
     (run / "options.json").write_text(json.dumps({"target_layers": {}, "data": {"data_dir": None}}))
-    for part, given in (("classify_result", (None, None)), ("classify_use", (None,))):
-        assert sentence in listener(page, part, "refresh")(run.name, *given, None)[0].value
+    _, result, _, use, *_ = listener(page, "classify_result", "refresh")(run.name, None, None, None)
+    assert sentence in result.value
+    assert sentence in use.value
 
 
-def test_images_are_chosen_moved_and_deleted_together(page, workspace, tmp_path):
+def editing(page, draft, key, action, files=(), **fields):
+    """Click a button of the editor with the class `key` open."""
+    event = gr.EventData(None, {"action": action, "files": list(files), "fields": fields})
+    return listener(page, "classify_images", "edit")(draft, key, event, None)
+
+
+def test_images_are_moved_and_deleted_together_and_classes_renamed(page, workspace, tmp_path):
     dataset = colour_set(workspace, tmp_path / "given")
     draft, named = {**DRAFT, "set": dataset.id}, [[one.file for one in group.images] for group in dataset.content().classes]
-    choose = listener(page, "classify_images", "choose")
-    chosen, *_, delete = choose("c00", draft, gr.EventData(None, {"files": [*named[0][:2], "../../x", named[1][0]]}), None)
-    assert (chosen, delete.value) == (named[0][:2], "Delete 2 images")
-    listener(page, "classify_images", "move_chosen")(chosen, "c01", draft, None)
+    editing(page, draft, "c00", "move", [*named[0][:2], "../../x", named[2][0]], target="c01")
     assert [len(one.images) for one in dataset.content().classes] == [4, 8, 6]
-    delete_asked = listener(page, "classify_images", "delete_asked")
-    delete_asked("images", "c01", [one.file for one in dataset.content().classes[1].images[:3]], draft, None)
+    editing(page, draft, "c01", "remove", [one.file for one in dataset.content().classes[1].images[:3]])
     assert [len(one.images) for one in dataset.content().classes] == [4, 5, 6]
-    delete_asked("class", "c01", [], draft, None)
+    assert editing(page, draft, "c01", "rename", name="green leaf")[1] == "c01"
+    assert dataset.content().classes[1].name == "green leaf"
+    assert editing(page, draft, "c01", "remove_class")[1] is None
     assert [one.folder for one in dataset.content().classes] == ["c00", "c02"]
-    assert delete_asked("dataset", "c00", [], draft, None)[0]["set"] is None
+    assert editing(page, draft, "c00", "delete")[0]["set"] is None
     assert not dataset.folder.exists()
 
 
-def test_what_would_be_deleted_is_said_before(page, workspace, tmp_path):
-    draft = {**DRAFT, "set": colour_set(workspace, tmp_path / "given").id}
-    for what, label in (("images", "Delete 1 image"), ("class", "Delete ruby and its 6 images"), ("dataset", "its 18 images")):
-        asked, row, button = listener(page, "classify_images", "ask")(what, "c00", ["c00/0001.png"], draft, None)
-        assert (asked, row.visible) == (what, True)
-        assert label in button.value
+def test_the_editor_says_what_would_be_deleted_and_offers_only_what_a_dataset_allows(page, workspace, tmp_path):
+    show, clicked = listener(page, "classify_images", "show_class"), gr.EventData(None, {"key": "c00"})
+    key, own = show({**DRAFT, "set": colour_set(workspace, tmp_path / "given").id}, clicked, None)
+    assert key == "c00"
+    assert 'data-confirm="Delete ruby and its 6 images?"' in own
+    assert 'data-confirm="Delete the dataset and its 18 images?"' in own
+    folder = point_to(workspace, str(colour_folder(tmp_path / "mine", 4)))
+    _, local = show({**DRAFT, "set": folder}, gr.EventData(None, {"key": "sea"}), None)
+    _, example = show({**DRAFT, "set": "shapes"}, gr.EventData(None, {"key": "red star"}), None)
+    offered = [re.findall('data-action="([a-z_]+)"', one) for one in (own, local, example)]
+    assert offered[0] == ["show", "rename", "remove_class", "move", "remove", "delete"]
+    assert offered[1] == ["show", "rename", "delete"]
+    assert offered[2] == ["show"]
+    assert example.count("<img") == 40
 
 
 def test_images_are_classified_with_a_table_to_download_and_one_at_once(page, record, tmp_path, monkeypatch):
     rows = [{"image": "=1.png", "class": "sea", "probability": 0.7, "top": [["sea", 0.7], ["ruby", 0.2], ["leaf", 0.1]]}]
-    monkeypatch.setattr(inference_jobs, "classify", lambda *given: rows)
+    unread = {"image": "b.png", "error": "b.png is <b>no</b> image"}
+    monkeypatch.setattr(inference_jobs, "classify", lambda record, files, *_: [*rows, unread][: len(files)])
     file = tmp_path / "new.png"
     file.write_bytes(coloured("sea", 5))
-    kept, table = listener(page, "classify_use", "classify")(record.path.name, None, [str(file)], None)
-    assert kept == [{**rows[0], "file": str(file)}]
+    kept, cards, table = listener(page, "classify_result", "classify")(record.path.name, None, [str(file)] * 2, None)
+    assert kept[0] == {**rows[0], "file": str(file)}
+    assert re.findall("<option[^>]*>([^<]*)</option>", cards) == ["correct: sea", "ruby", "leaf"]
+    assert "&lt;b&gt;no&lt;/b&gt;" in cards
     path = Path(table.value if isinstance(table.value, str) else table.value["path"])
-    assert path.read_text().splitlines()[1].startswith("'=1.png,sea,0.7")
-    answer = listener(page, "classify_use", "classify_one")(record.path.name, None, str(file), None)
+    assert [line.split(",")[:3] for line in path.read_text().splitlines()[1:]] == [["'=1.png", "sea", "0.7"]]
+    answer = listener(page, "classify_result", "classify_one")(record.path.name, None, str(file), None)
     assert answer.count('class="share"') == 3
     assert "70%" in answer
 

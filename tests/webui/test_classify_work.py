@@ -1,7 +1,7 @@
 """Classification for the page: zero-shot with the built-in model, and with the classifier of a run."""
 
 import pytest
-from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier, images_of
+from class_folders import COLOURS, colour_folder, colour_set
 from small_runs import untrained_classifier
 
 from pipelines.clip import load_clip
@@ -10,9 +10,7 @@ from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.inputs import GivenImageSet
 from pipelines.fewshot.prompts import make_prompts
 from webui import inference_jobs as work
-from webui.datasets import Dataset
-from webui.labelled_datasets import class_datasets, uploaded_classes
-from webui.screens import classify_use
+from webui.labelled_datasets import uploaded_classes
 from webui.workspace import Workspace
 
 NAMES = {name: name for name in COLOURS}
@@ -104,62 +102,3 @@ def test_an_unfinished_run_cannot_classify(workspace, images):
 def test_the_number_of_images_per_request_is_limited(record, images, count):
     with pytest.raises(InputError, match=f"1 to {work.MOST_FILES} images"):
         work.classify(record, [images / "sea" / "1.png"] * count)
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The runs that would have been started."""
-    from webui import launching
-
-    calls = []
-    monkeypatch.setattr(launching, "start", lambda workspace, task, options: calls.append((task, options)) or "new-run")
-    monkeypatch.setattr(
-        launching, "duplicate", lambda workspace, run_id: {"data": {"seeds": [0], "shots": ["2"], "class_names": ["a=b"]}}
-    )
-    return calls
-
-
-def test_corrected_images_become_training_images_of_the_uploaded_dataset(workspace, started, tmp_path):
-    dataset = colour_set(workspace, tmp_path / "given")
-    keys = {one.folder: one.name for one in dataset.content().classes}
-    record = finished_classifier(workspace, dataset.folder, keys)
-    tested = images_of(dataset, "test")
-    new = tmp_path / "new.png"
-    new.write_bytes(coloured("sea", 99))
-    assert classify_use.train_again(workspace, record, {"sea": [new]}) == (dataset.id, "new-run")
-    (((task, options)),) = started
-    assert task == "classify"
-    assert options["data"] == {
-        "seeds": [0],
-        "shots": ["all"],
-        "data_dir": str(dataset.folder.absolute()),
-        "class_names": ["c00=ruby", "c01=leaf", "c02=sea"],
-    }
-    assert len(dataset.content().classes[2].images) == 7
-    assert images_of(dataset, "test") == tested
-
-
-def test_correcting_a_run_on_a_local_folder_copies_it_with_the_same_test_split(workspace, record, started, images, tmp_path):
-    new = tmp_path / "new.png"
-    new.write_bytes(coloured("ruby", 99))
-    set_id, _ = classify_use.train_again(workspace, record, {"ruby": [new]})
-    dataset = Dataset.of(workspace, set_id)
-    assert [len(one.images) for one in dataset.content().classes] == [9, 8, 8]
-    assert (len(images_of(dataset, "test")), len(images_of(dataset, "train"))) == (24, 1)
-    assert len(list((images / "ruby").iterdir())) == 8
-
-
-def test_no_run_starts_without_a_correction(workspace, record, started):
-    with pytest.raises(InputError, match="No image was corrected"):
-        classify_use.train_again(workspace, record, {"ruby": []})
-    assert started == []
-
-
-def test_no_run_starts_if_the_images_are_gone(workspace, record, started, images, tmp_path):
-    new = tmp_path / "new.png"
-    new.write_bytes(coloured("ruby", 99))
-    (images / "sea" / "3.png").unlink()
-    with pytest.raises(InputError, match="are gone"):
-        classify_use.train_again(workspace, record, {"ruby": [new]})
-    assert started == []
-    assert class_datasets(workspace) == []

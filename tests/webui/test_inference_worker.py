@@ -59,13 +59,15 @@ def test_an_error_of_the_user_is_passed_on_and_any_other_is_named(worker, capfd)
     assert "no such thing" in capfd.readouterr().err
 
 
-def test_a_stream_yields_its_events_and_jobs_on_the_device_run_one_after_another(worker, log):
+def test_a_stream_yields_its_events_and_jobs_of_one_lane_run_one_after_another(worker, log):
     events = worker.stream("steps", 50, log)
     assert next(events) == 0
     other = threading.Thread(target=worker.call, args=("append", log, "other"))
     other.start()
-    # A request for files does not wait.
+    # Requests of another lane, and for files, do not wait.
+    assert worker.call("answer", "at once") == "at once"
     assert worker.call("process_id")
+    assert "other" not in log.read_text()
     assert list(events) == list(range(1, 50))
     other.join()
     assert log.read_text().split() == [*map(str, range(50)), "other"]

@@ -15,7 +15,7 @@ from webui.datasets import Dataset
 from webui.labelled_datasets import (
     EXAMPLES,
     class_datasets,
-    dataset_of_run,
+    dataset_in,
     find_classes,
     point_to,
     rename_class,
@@ -178,12 +178,17 @@ def test_the_other_example_is_a_set_of_ten_digits(workspace):
 
 
 def test_the_dataset_of_a_run_is_found_again(dataset, workspace, tmp_path):
-    run = workspace.new_run()
-    (run / "status.json").write_text("{}")
+    local = colour_folder(tmp_path / "mine", 4)
+    pointer = point_to(workspace, str(local))
     own, zipped = str(dataset.folder.absolute()), str(EXAMPLES["shapes"][1])
-    for data_dir, expected in ((own, dataset.id), (None, "digits"), (zipped, "shapes"), (str(tmp_path), None)):
-        (run / "options.json").write_text(json.dumps({"data": {"data_dir": data_dir}}))
-        assert dataset_of_run(workspace, workspace.run(run.name)) == expected
+    for folder, expected in (
+        (own, dataset.id),
+        (None, "digits"),
+        (zipped, "shapes"),
+        (str(local), pointer),
+        (str(tmp_path), None),
+    ):
+        assert dataset_in(workspace, folder) == expected
 
 
 def test_images_of_an_active_run_cannot_be_changed(dataset, workspace):
@@ -239,7 +244,7 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     )
     assert tested == expected
     assert {names[file] for file in images_of(dataset, "test")} == expected
-    assert "Split by " in classify_images.upload_summary(added)
+    assert "Split by " in classify_images.classes_html.upload(added)
 
 
 @pytest.mark.parametrize(

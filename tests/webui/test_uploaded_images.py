@@ -167,5 +167,5 @@ def test_a_name_that_is_not_valid_utf_8_can_be_displayed_and_written(tmp_path, d
         pytest.skip("This file system takes no name that is not UTF-8.")
     assert uploads.add_images(dataset, [path]).names == ["0001.png"]
     assert uploads.display_name(path) == "mug.png"
-    table = classifiers.write_table([[path.name, "mug"]], tmp_path / "a.csv")
+    table = classifiers.write_table([{"image": path.name, "class 1": "mug"}], tmp_path / "a.csv")
     assert r"\udcffmug.png,mug" in table.read_text(encoding="utf-8")

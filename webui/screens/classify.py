@@ -14,10 +14,10 @@ from webui.draft import Draft
 from webui.labelled_datasets import find_classes, title
 from webui.render import parts
 from webui.runs import RunView
-from webui.screens import classify_images, classify_result, classify_use
-from webui.screens.classify_result import macros
+from webui.screens import classify_images
+from webui.screens.classify_images import classes_html, set_of
+from webui.screens.classify_result import ClassifierParts
 from webui.tasks import CLASSIFY
-from webui.workspace import Workspace
 
 INTRO = "Train an image classifier for your own classes from a few images of each."
 
@@ -25,20 +25,23 @@ INTRO = "Train an image classifier for your own classes from a few images of eac
 def build(app: AppContext) -> None:
     """Put the screen into the open tab."""
     gr.HTML(parts.note(INTRO))
-    run = gr.Dropdown(
-        label="Classifier", info="Result and Use show this classifier.", visible=False, interactive=True, elem_id="classify-run"
-    )
+    with gr.Row():
+        chosen = {"visible": False, "interactive": True}
+        run = gr.Dropdown(label="Classifier", info="Result and Use show this classifier.", elem_id="classify-run", **chosen)
+        method = gr.Dropdown(label="Method", info="They describe and use this method.", elem_id="classify-method", **chosen)
     # Outside of the tabs, which count every component inside them.
     opened, draft_changed = gr.State(0.0), followed(app.class_draft)
+    classifier = ClassifierParts(app, run, method, opened)
     with gr.Tabs(elem_id="classify-steps") as steps:
         with gr.Tab("1 Images", id="pictures", elem_id="classify-part-pictures"):
             classify_images.build(app, steps.parent, steps)
         with gr.Tab("2 Train", id="train", elem_id="classify-part-train"):
             _build_train(app, steps, draft_changed, opened)
         with gr.Tab("3 Result", id="result", elem_id="classify-part-result"):
-            classify_result.build(app, run, opened)
+            classifier.build_result()
         with gr.Tab("4 Use", id="new", elem_id="classify-part-new"):
-            classify_use.build(app, run, opened)
+            classifier.build_use()
+    classifier.connect()
     _follow(app, steps, run, opened)
 
 
@@ -78,7 +81,9 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
         if active_tab != "classify":
             return (gr.skip(),) * (1 + len(widgets))
         workspace = settings.workspace(request)
-        return _about(workspace, stored), *panel.settings_updates(CLASSIFY, workspace, Draft.from_browser(stored))
+        dataset = find_classes(workspace, set_of(workspace, stored))
+        words = classes_html.about(title(workspace, dataset.id), dataset)
+        return words, *panel.settings_updates(CLASSIFY, workspace, Draft.from_browser(stored))
 
     def begin(stored: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
@@ -88,11 +93,3 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
     for moved in (app.active_tab.change, opened.change, draft_changed.change):
         moved(describe, [app.active_tab, draft], [about, *widgets], **QUIET)
     start.click(begin, [draft], [steps, *app.outputs], api_visibility="private", concurrency_limit=1)
-
-
-def _about(workspace: Workspace, draft: dict[str, Any]) -> str:
-    """The dataset of the next run and its number of test images."""
-    classes = find_classes(workspace, classify_images.set_of(workspace, draft))
-    held_out = classes.count - sum(one.learnable for one in classes.classes)
-    warned = [] if classes.is_ready else classes.warnings()[:1]
-    return macros.about(title(workspace, classes.id), held_out, classes.count, warned)
