@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,16 +98,7 @@ class LabelledClasses:
             said.append(f"{name} has {counted(counts[name])}. Training needs at least {FEWEST} per class. Add more.")
         if names := [one.name for one in self.classes if len(one.images) >= FEWEST and not one.learnable]:
             said.append(f"All images of {_listed(names)} are test images. Add images for training.")
-        if names := [name for name, count in counts.items() if FEWEST <= count < FEW]:
-            few = f"{_listed(names)} {'has' if len(names) == 1 else 'have'} fewer than {FEW} images."
-            said.append(
-                f"{few} Training works, but 30% of them are test images, so the measured accuracy is only a rough estimate."
-            )
-        least, most = min(counts, key=counts.get), max(counts, key=counts.get)
-        if counts[most] > UNEVEN * max(1, counts[least]):
-            more = f"{most} has many more images than {least} ({counts[most]} and {counts[least]})."
-            said.append(f"{more} Add images of {least}.")
-        return said
+        return [*said, *_rough(counts)]
 
     def duplicates(self) -> list[str]:
         """A sentence for each group of classes that share identical images, which training leaves out."""
@@ -126,6 +117,18 @@ class LabelledClasses:
             "Remove them from the wrong classes."
             for names, count in shared.items()
         ]
+
+
+def _rough(counts: Mapping[str, int]) -> Iterator[str]:
+    """Sentences on what makes the measured accuracy of classes with so many images a rough estimate."""
+    if names := [name for name, count in counts.items() if FEWEST <= count < FEW]:
+        yield (
+            f"{_listed(names)} {'has' if len(names) == 1 else 'have'} fewer than {FEW} images. Training works, but 30% of them "
+            "are test images, so the measured accuracy is only a rough estimate."
+        )
+    least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    if counts[most] > UNEVEN * max(1, counts[least]):
+        yield f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). Add images of {least}."
 
 
 def class_datasets(workspace: Workspace) -> list[str]:

@@ -28,7 +28,7 @@ def build(app: AppContext) -> None:
     with gr.Row():
         chosen = {"visible": False, "interactive": True}
         run = gr.Dropdown(label="Classifier", info="Result and Use show this classifier.", elem_id="classify-run", **chosen)
-        method = gr.Dropdown(label="Method", info="They describe and use this method.", elem_id="classify-method", **chosen)
+        method = gr.Dropdown(label="Method", info="Result and Use show this method.", elem_id="classify-method", **chosen)
     # Outside of the tabs, which count every component inside them.
     opened, draft_changed = gr.State(0.0), followed(app.class_draft)
     classifier = ClassifierParts(app, run, method, opened)

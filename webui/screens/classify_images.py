@@ -168,8 +168,8 @@ class _Images:
         if action == "remove_class":
             dataset.remove_class(key)
             return [stored, None, ""]
-        own = {image.file for image in dataset.content().class_in(key).images}
-        files = [file for file in event.files if file in own]
+        existing = {image.file for image in dataset.content().class_in(key).images}
+        files = [file for file in event.files if file in existing]
         if action == "remove":
             dataset.remove(files)
         elif action == "move":

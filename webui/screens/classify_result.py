@@ -25,6 +25,8 @@ from webui.screens.classify_images import CLASSIFIER, SCRIPT
 from webui.workspace import Workspace
 
 MOST_FILES, LIVE_TOP = 100, 5
+# The components that show a result.
+NUM_FIGURES = 6 + len(DOWNLOADS)
 # The series of the reliability diagram.
 RELIABILITY = ("perfect calibration", "as trained", "after temperature scaling")
 ASK = parts.note("Drop, paste or photograph something: the answer appears here.")
@@ -99,17 +101,16 @@ class ClassifierParts:
     def refresh(self, run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
         """Show the classifier: its best method, unless another one was chosen; without the predictions of another classifier."""
         view = view_of(self._workspace(request), run_id)
-        is_same = before is not None and view is not None and before[0] == view.id
-        result = None if view is None else result_of(view.record, trial if is_same else None)
-        now = None if view is None else (view.id, view.state, result and result.trial.folder)
-        num_figures = 6 + len(DOWNLOADS)
-        if now == before and now is not None:
-            return [gr.skip()] * (1 + 4 + num_figures + 4)
+        is_same = before is not None and before[0] == run_id
+        result = result_of(view.record, trial if is_same else None) if view else None
+        now = (run_id, view and view.state, result and result.trial.folder)
+        if now == before:
+            return [gr.skip()] * (1 + 4 + NUM_FIGURES + 4)
         empty = gr.HTML(result_html.pending(view), visible=result is None)
         visible = [empty, gr.Column(visible=result is not None)] * 2
-        figures = [gr.Dropdown(visible=False), *[gr.skip()] * (num_figures - 1)] if result is None else result_updates(result)
+        hidden = [gr.Dropdown(visible=False), *[gr.skip()] * (NUM_FIGURES - 1)]
         unused = [gr.skip()] * 4 if is_same else [None, [], "", gr.DownloadButton(visible=False)]
-        return [now, *visible, *figures, *unused]
+        return [now, *visible, *(result_updates(result) if result else hidden), *unused]
 
     def open_cell(self, run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> Markup:
         """The images of the cell that was clicked in the confusion matrix."""
@@ -145,9 +146,9 @@ class ClassifierParts:
     ) -> list[Any]:
         """Start a run with the images whose true class was given, and show its progress."""
         corrected: dict[str, list[Path]] = {}
-        for place, name in event.fields.items():
+        for index, name in event.fields.items():
             if name:
-                corrected.setdefault(name, []).append(Path(rows[int(place)]["file"]))
+                corrected.setdefault(name, []).append(Path(rows[int(index)]["file"]))
         workspace = self._workspace(request)
         set_id, new = classifiers.train_again(workspace, workspace.run(run_id), corrected)
         return [{**stored, "set": set_id}, *self.app.show(workspace, new, "train")]
