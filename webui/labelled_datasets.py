@@ -172,7 +172,7 @@ def _example(name: str) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
     images: defaultdict[str, list[DatasetSource]] = defaultdict(list)
     for source in read_zip(path, ZipLimits()).files:
         images[source.name.partition("/")[0]].append(source)
-    return tuple(LabelledClass(one, one, tuple(own), len(own) - num_test_images(len(own))) for one, own in images.items()), ()
+    return tuple(LabelledClass(name, name, tuple(of), len(of) - num_test_images(len(of))) for name, of in images.items()), ()
 
 
 def uploaded_dataset(workspace: Workspace, set_id: str | None) -> Dataset | None:

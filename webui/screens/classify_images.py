@@ -58,7 +58,7 @@ class _Images:
     def __init__(self, app: AppContext, tab: gr.Tab, steps: gr.Tabs) -> None:
         self.app, self.draft, self.open = app, app.class_draft, gr.State(None)
         self._lay_out(app.settings.is_local)
-        self.shown = [self.set, self.summary, self.cards, self.editor, self.go]
+        self.dataset = [self.set, self.summary, self.cards, self.editor, self.go]
         self.redraw(tab.select)
         choose, chosen = (lambda stored, set_id: ({**stored, "set": set_id}, None)), [self.draft, self.open]
         self.redraw(self.set.input(choose, [self.draft, self.set], chosen, **QUIET).then)
@@ -100,7 +100,7 @@ class _Images:
 
     def redraw(self, event: Callable[..., Any]) -> None:
         """At `event`, show the draft's dataset, then the zero-shot accuracy."""
-        updated = event(self.show_dataset, [self.draft, self.open], self.shown, **QUIET)
+        updated = event(self.show_dataset, [self.draft, self.open], self.dataset, **QUIET)
         updated.then(self.measure, [self.draft], [self.summary, self.cards], show_progress="hidden", **CLASSIFIER)
 
     def show_dataset(self, stored: dict[str, Any], key: str | None, request: gr.Request) -> list[Any]:

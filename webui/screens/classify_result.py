@@ -94,9 +94,9 @@ class ClassifierParts:
         gr.on(events, self.classify_one, [*chosen, self.live], [self.answer], **many)
         events = [self.files.upload, self.files.clear, self.files.delete, self.method.input]
         gr.on(events, self.classify, [*chosen, self.files], predicted, show_progress="minimal", **CLASSIFIER)
-        draft, shown = self.app.class_draft, self.app.outputs
+        draft = self.app.class_draft
         again = {"api_visibility": "private", "concurrency_limit": 1}
-        self.predictions.select(self.train_again, [self.run, draft, rows], [draft, *shown], **again)
+        self.predictions.select(self.train_again, [self.run, draft, rows], [draft, *self.app.outputs], **again)
 
     def refresh(self, run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
         """Show the classifier: its best method, unless another one was chosen; without the predictions of another classifier."""
