@@ -227,11 +227,10 @@ def plain_error(error: str | None) -> str:
 
 def duration(seconds: float) -> str:
     """A duration as text."""
-    if seconds < 55:
+    if seconds < 100:
         return f"{max(5, round(seconds / 5) * 5)} seconds"
     if seconds < 5400:
-        minutes = round(seconds / 60)
-        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+        return f"{round(seconds / 60)} minutes"
     return f"{seconds / 3600:.1f} hours"
 
 

@@ -200,7 +200,9 @@ def test_costs_and_curves_have_the_values_of_the_files(workspace):
     assert "<td>40</td><td>1</td>" in table, "the least of the curve"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(3, "5 seconds"), (42, "40 seconds"), (61, "1 minute"), (9000, "2.5 hours")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3, "5 seconds"), (42, "40 seconds"), (86, "85 seconds"), (190, "3 minutes"), (9000, "2.5 hours")]
+)
 def test_durations_are_rounded(seconds, words):
     assert duration(seconds) == words
 
