@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +159,24 @@ def write_tensors(
     metadata = {"format": "pt", **(metadata or {})}
     if digest:
         metadata[DIGEST] = content_digest(tensors, metadata)
-    # Not by safetensors, which orders metadata differently in every process.
-    ordered = {"__metadata__": dict(sorted(metadata.items())), **json.loads(body[:length])}
-    header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
     with replacing(path) as beside, beside.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(header)
+        file.write(_header_bytes(json.loads(body[:length]), metadata))
         file.write(memoryview(body)[length:])
+
+
+def copy_with_metadata(source: str | os.PathLike, path: str | os.PathLike, changes: Mapping[str, str]) -> None:
+    """Copy a safetensors file with `changes` to the metadata in its header; the bytes of the tensors stay the same.
+
+    Raises: AdapterFileError as `read_header`, or the header has a digest, which the changes would make invalid.
+    """
+    metadata = read_header(source, FOREIGN_DTYPES).metadata
+    if DIGEST in metadata:
+        raise AdapterFileError(f"{source} has a digest of its metadata, which can therefore not be changed. Save it again.")
+    with Path(source).open("rb") as file, replacing(path) as beside, beside.open("wb") as copy:
+        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries.pop("__metadata__", None)
+        copy.write(_header_bytes(entries, {**metadata, **changes}))
+        shutil.copyfileobj(file, copy)
 
 
 def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -238,6 +249,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file before its tensors: the length of the header, and the header in a fixed order."""
+    # Not by safetensors, which orders metadata differently in every process.
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def _serialise(tensors: Mapping[str, torch.Tensor]) -> tuple[int, bytes]:

@@ -15,6 +15,7 @@ from nora_vision.files import (
     AdapterFileError,
     TensorEntry,
     content_digest,
+    copy_with_metadata,
     read_header,
     read_json,
     read_tensors,
@@ -52,6 +53,19 @@ def test_tensors_and_metadata_survive_the_round_trip(tmp_path):
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
         assert header.tensors[name] == TensorEntry(tensor.dtype, tuple(tensor.shape))
     assert header.metadata == {"format": "pt", "key": "value"}
+
+
+def test_a_copy_with_other_metadata_has_the_bytes_of_the_same_tensors(tmp_path):
+    tensors, (first, second) = {"b": torch.randn(3, 4), "a": torch.randn(2).half()}, (tmp_path / f"{n}.safetensors" for n in "xy")
+    write_tensors(first, tensors, {"title": "duck", "kept": "same"})
+    copy_with_metadata(first, second, {"title": "Ente 🦆", "added": "new"})
+    assert read_header(second).metadata == {"format": "pt", "title": "Ente 🦆", "kept": "same", "added": "new"}
+    bodies = [content[8 + int.from_bytes(content[:8], "little") :] for content in (first.read_bytes(), second.read_bytes())]
+    assert bodies[0] == bodies[1]
+    assert read_header(first).tensors == read_header(second).tensors
+    write_tensors(first, tensors, digest=True)
+    with pytest.raises(AdapterFileError, match="has a digest of its metadata"):
+        copy_with_metadata(first, second, {})
 
 
 def test_same_tensors_same_bytes(tmp_path):

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from small_runs import small_run
 
-from nora_vision.files import write_tensors
+from nora_vision.files import read_header, read_tensors, tensor_hash, write_tensors
 from pipelines.errors import InputError
 from pipelines.images import read_settings
 from pipelines.subject.adapters import load_adapter
@@ -24,6 +24,7 @@ from pipelines.subject.generation_request import (
     ScaledAdapter,
 )
 from pipelines.subject.pipeline_cache import MAX_MODELS, PipelineCache
+from training.runs.naming import set_title
 from webui.generation import (
     MAX_IMAGES_KEPT,
     GeneratedImages,
@@ -34,6 +35,7 @@ from webui.generation import (
     steps_of,
     toggle_favourite,
 )
+from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
 
@@ -167,6 +169,21 @@ def test_the_scale_of_a_dora_comes_with_a_warning(cache, workspace):
     (warning,) = warnings("third-dora@4", 0.5)
     assert "a star, step 4: It has trained norms of rows, which have no scale: at 0.5" in warning
     assert warnings("third-dora@4", 1.0) == warnings("first@4", 0.5) == []
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_a_downloaded_file_has_the_present_title_of_its_run_and_the_tensors_of_the_exported_file(workspace, tmp_path, layout):
+    run, path = workspace.run("first"), tmp_path / "duck.safetensors"
+    (exported,) = (run.path / layout).glob("*.safetensors")
+    set_title(run.path, "Rubber duck")
+    try:
+        WORKER.call("adapter_file", workspace, find_adapter(workspace, "first@4"), layout, path)
+    finally:
+        set_title(run.path, "")
+    metadata = read_header(path).metadata
+    assert (metadata["modelspec.title"], metadata["modelspec.trigger_phrase"]) == ("Rubber duck, step 4", "a star")
+    assert metadata.get("ss_output_name") == ("Rubber-duck-step4" if layout == "kohya" else None)
+    assert tensor_hash(read_tensors(path)) == tensor_hash(read_tensors(exported))
 
 
 def test_a_dora_cannot_be_merged(cache, workspace, tmp_path):

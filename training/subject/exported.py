@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from diffusers import StableDiffusionXLPipeline
 
 from nora_vision.components import adapted_components
+from nora_vision.files import copy_with_metadata
 from pipelines.subject.adapters import save_everywhere
 from training.runs import naming
 from training.runs.record import RunRecord
@@ -24,22 +24,28 @@ def write_export(
 ) -> Path | None:
     """Write the adapter at `step` to `path`, a LoRA file or a zip of a folder; None if it does not have this layout.
 
+    A LoRA file that was exported before has the run's present title in its header, and its tensors are those of that file.
+
     Args:
         layout: "compact", "full", "diffusers" or "kohya".
         path: in a temporary folder.
         load: loads the adapter, if the run has not exported this step; gives a pipeline with it, and its name on it.
     """
-    source = _of_run(record, step, layout)
+    source, options = _of_run(record, step, layout), record.options()
+    private = bool(options.get("validation", {}).get("private"))
+    title = "adapter" if private else naming.title_of(record.path, options, "subject")
+    stem, header = naming.file_stem(title, step), naming.header_of(title, options, step, private)
     if source is None:
         pipeline, name = load()
         components: dict[str, Any] = adapted_components(pipeline, name)
-        title = naming.title_of(record.path, record.options(), "subject")
-        stem, header = naming.file_stem(title, step), naming.header_of(title, record.options(), step)
         save_everywhere(pipeline, components, path.parent / "export", stem, name, header)
         source = _in(path.parent / "export", layout)
     if source is None:
         return None
-    return Path(shutil.copyfile(source, path)) if source.is_file() else _zipped(source, path)
+    if source.is_dir():
+        return _zipped(source, path)
+    copy_with_metadata(source, path, header | ({"ss_output_name": stem} if layout == "kohya" else {}))
+    return path
 
 
 def _of_run(record: RunRecord, step: int, layout: str) -> Path | None:
