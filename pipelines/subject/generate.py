@@ -5,10 +5,13 @@ python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +33,7 @@ from pipelines.text_files import read_text
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 logger = logging.getLogger(__name__)
 # In parameters of the UNet: the built-in model has 7 million, SDXL 2,600 million.
@@ -93,39 +97,84 @@ def generate(
     Args:
         batch_size: images at once.
         on_step: called after each denoising step of a batch with the number of completed steps and the latents
-            (batch_size, channels, height, width); an exception that it raises stops the generation.
+            (batch_size, channels, height, width) that it predicts for the images; an exception that it raises stops the
+            generation.
     """
     pipeline.set_progress_bar_config(disable=True)
     width, height = sampling.size
+    predicted: deque[torch.Tensor] = deque(maxlen=1)
 
     def step_ended(_: StableDiffusionXLPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1, tensors["latents"])
+        on_step(step + 1, predicted[-1])
         return tensors
 
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])
-        yield from pipeline(
-            batch,
-            # With None, SDXL zeroes the negative embeddings; an empty text would be encoded.
-            negative_prompt=[sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            guidance_rescale=sampling.guidance_rescale,
-            height=height,
-            width=width,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]],
-            callback_on_step_end=None if on_step is None else step_ended,
-        ).images
+        with nullcontext() if on_step is None else _recorded_predictions(pipeline.scheduler, predicted):
+            images = pipeline(
+                batch,
+                # With None, SDXL zeroes the negative embeddings; an empty text would be encoded.
+                negative_prompt=[sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                guidance_rescale=sampling.guidance_rescale,
+                height=height,
+                width=width,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]],
+                callback_on_step_end=None if on_step is None else step_ended,
+            ).images
+        yield from images
+
+
+@contextmanager
+def _recorded_predictions(scheduler: SchedulerMixin, predicted: deque[torch.Tensor]) -> Iterator[None]:
+    """Append the clean latents that each step of the scheduler predicts to `predicted`, of any shape, within the context."""
+    take_step = scheduler.step
+
+    # The pipeline passes its generator to a scheduler whose step has such a parameter.
+    @functools.wraps(take_step)
+    def step(prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, *args: Any, **named: Any) -> Any:
+        # The UNet's input, also for schedulers whose latents grow with the noise level sigma = sqrt((1 - a) / a).
+        noisy = scheduler.scale_model_input(latents, timestep)
+        result = take_step(prediction, timestep, latents, *args, **named)
+        if hasattr(scheduler, "sigmas"):
+            signal = 1 / (1 + float(scheduler.sigmas[scheduler.step_index - 1]) ** 2)
+        else:
+            signal = float(scheduler.alphas_cumprod[int(timestep)])
+        predicted.append(clean_latents(noisy, prediction, signal, scheduler.config.prediction_type))
+        return result
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def clean_latents(noisy: torch.Tensor, prediction: torch.Tensor, signal: float, kind: str) -> torch.Tensor:
+    """The latents x without noise, from z = sqrt(a) x + sqrt(1 - a) e and a prediction.
+
+    x = (z - sqrt(1 - a) e) / sqrt(a) = sqrt(a) z - sqrt(1 - a) v,  with  v = sqrt(a) e - sqrt(1 - a) x  [Salimans & Ho 2022]
+
+    Args:
+        noisy: z, of any shape.
+        prediction: e, v or x, of the same shape.
+        signal: a, in [0, 1].
+        kind: "epsilon", "v_prediction" or "sample".
+    """
+    of_signal, of_noise = math.sqrt(signal), math.sqrt(1 - signal)
+    if kind == "epsilon":
+        return (noisy - of_noise * prediction) / of_signal
+    return of_signal * noisy - of_noise * prediction if kind == "v_prediction" else prediction
 
 
 @no_grad
 def preview(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> Image.Image:
-    """A small image of the first of `latents` (batch_size, 4, height, width) during denoising.
+    """A small image of the first of `latents` (batch_size, 4, height, width) without noise.
 
     A small autoencoder decodes them; otherwise each latent is a pixel, by a linear fit of SDXL's autoencoder [ComfyUI].
     """
-    latents = latents[:1] / max(1.0, latents[0].std().item())
-    vae = pipeline.vae
+    latents, vae = latents[:1], pipeline.vae
     if sum(weight.numel() for weight in vae.parameters()) < SMALL_VAE:
         return pipeline.image_processor.postprocess(vae.decode(latents / vae.config.scaling_factor).sample)[0]
     factors, offset = (torch.tensor(values, device=latents.device) for values in (LATENT_RGB, LATENT_RGB_OFFSET))

@@ -32,8 +32,8 @@ from pipelines.subject.generation_request import (
 from pipelines.subject.model_source import ModelSource
 
 MAX_MODELS = 2
-# Previews of each image while it is denoised.
-PREVIEWS = 8
+# Parts of a generation, after each of which but the last there is a preview.
+PARTS = 5
 # Errors of diffusers and PEFT for a file in another format or for another model.
 UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
@@ -152,10 +152,10 @@ def _image(
     report: Callable[[GenerationProgress], None],
 ) -> Image.Image:
     report(begun)
-    every = max(1, request.steps // PREVIEWS)
+    every = max(1, request.steps // PARTS)
 
     def on_step(step: int, latents: torch.Tensor) -> None:
-        image = preview(model.pipeline, latents) if step % every == 0 else None
+        image = preview(model.pipeline, latents) if step % every == 0 and step < request.steps else None
         report(replace(begun, done=begun.done + min(step, request.steps), preview=image))
 
     plain = without_adapters(model.pipeline) if model.names and not (adapted and request.adapters) else nullcontext()

@@ -3,6 +3,7 @@
 import dataclasses
 from contextlib import nullcontext
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pipelines.errors import InputError
 from pipelines.images import labelled_grid, read_settings, save_image
 from pipelines.subject import adapters
 from pipelines.subject.generate import SHEET_PROMPTS, GenerationOptions, Sampling, contact_sheet, generate, main
+from pipelines.subject.generation_request import SAMPLERS
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +228,30 @@ def test_the_deprecated_flag_for_the_scale_is_read(caplog):
     parser = HfArgumentParser(GenerationOptions, allow_abbrev=False)
     assert current_arguments(["--adapter", "a", "--strength", "0.5"], parser) == ["--adapter", "a", "--scale", "0.5"]
     assert "--strength is deprecated; use --scale." in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_step_of_each_sampler_predicts_the_latents_to_which_known_noise_was_added(pipe, monkeypatch, sampler, kind):
+    name, changes = SAMPLERS[sampler]
+    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes, prediction_type=kind)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    clean, told = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), []
+
+    def perfect(_, sample, *args, **named):
+        """What a UNet predicts that knows the clean latents x: with z = c x + d e, e = (z - c x) / d and v = c e - d x."""
+        if hasattr(scheduler, "sigmas"):
+            sigma = scheduler.sigmas[scheduler.step_index or 0]
+            c, d = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        else:
+            signal = scheduler.alphas_cumprod[args[0]]
+            c, d = signal.sqrt(), (1 - signal).sqrt()
+        noise = (sample - c * clean) / d
+        return ({"epsilon": noise, "v_prediction": c * noise - d * clean}[kind],)
+
+    monkeypatch.setattr(type(pipe.unet), "forward", perfect)
+    next(generate(pipe, ["a star"], [0], Sampling(5), on_step=lambda _, latents: told.append(latents)))
+    assert len(told) == 5
+    for latents in told:
+        torch.testing.assert_close(latents, clean, rtol=0, atol=2e-3)
+    assert "step" not in vars(scheduler)
