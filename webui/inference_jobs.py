@@ -10,11 +10,11 @@ import functools
 import io
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,6 +272,6 @@ def _loaded(folder: Path, changed: int) -> FewShotClassifier:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    serve(Connection(int(sys.argv[1])), sys.modules[__name__])
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.modules[__name__])
     # Without waiting for jobs in flight, when the server has ended.
     os._exit(0)

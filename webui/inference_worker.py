@@ -1,27 +1,28 @@
 """The worker process, which alone imports torch and keeps the models loaded, and the page's side of it.
 
 Each public function of `webui.inference_jobs` is a job. The process is started again by the first request after its end.
+
+Every request has a connection of its own: the page makes it, and passes its other end through the control socket. What ends a
+request is the end of its connection: the page closes it to cancel, and the death of the process closes it too.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import pickle
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from functools import partial
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from pipelines.built_in import import_path
 from pipelines.errors import InputError
@@ -31,48 +32,41 @@ ENDED = (
     "The process that runs the models has ended, perhaps because the memory was full. Try again: it starts anew. "
     "If it ends again, generate smaller images, or stop other programs."
 )
-# Requests for files, such as image checks, do not wait for a model.
+# Jobs of no lane, such as image checks, do not wait for a model.
 FILE_THREADS = 2
-# The number of the reply that the process sends when its libraries are loaded: whether its models are on a GPU.
-READY = -1
-# A connection to a process, and a function that waits for its end and returns its exit code.
-Launched = tuple[Connection, Callable[[], int]]
+# The byte that the process sends when its libraries are loaded, if its models are on a GPU.
+ON_GPU = b"\1"
+# The control socket of a process, and a function that waits for its end and returns its exit code.
+Launched = tuple[socket.socket, Callable[[], int]]
 
 
 class InferenceError(RuntimeError):
     """A job failed with an error that is not the user's; the server's log has the details."""
 
 
-class Cancelled(Exception):
-    """Raised by the next report of a job that the page has cancelled."""
+class Request(NamedTuple):
+    """A job to run; a streaming job gets a function to report events with as its first argument."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    is_stream: bool
 
 
-@dataclass(frozen=True)
-class Request:
-    """A job to run; the number of an earlier request with no job's name cancels that one."""
+class Reply(NamedTuple):
+    """An event of a job, or its end, with its error if it failed. The only event of a job that is no stream is its result."""
 
-    number: int
-    name: str | None = None
-    arguments: tuple[Any, ...] = ()
-    is_stream: bool = False
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An event of a streaming job, or the result or the error of a job, by the number of its request."""
-
-    number: int
-    kind: Literal["event", "result", "error"]
-    value: Any
+    event: Any = None
+    is_end: bool = False
+    error: Exception | None = None
 
 
 def launch(jobs: str = "webui.inference_jobs") -> Launched:
-    """Start the worker process in a session of its own, where no Ctrl-C reaches it. It ends when the connection is closed.
+    """Start the worker process in a session of its own, where no Ctrl-C reaches it. It ends when the socket is closed.
 
     Args:
-        jobs: the module that it runs, with the descriptor of the connection as argument.
+        jobs: the module that it runs, with the descriptor of the control socket as argument.
     """
-    ours, theirs = Pipe()
+    ours, theirs = socket.socketpair()
     with theirs:
         command, fds = [sys.executable, "-P", "-m", jobs, str(theirs.fileno())], [theirs.fileno()]
         environment = os.environ | import_path()
@@ -80,82 +74,68 @@ def launch(jobs: str = "webui.inference_jobs") -> Launched:
     return ours, process.wait
 
 
-class _Started:
-    """A process that was started, and the requests in flight."""
-
-    def __init__(self, connection: Connection, wait: Callable[[], int]) -> None:
-        self.on_gpu, self.has_ended, self._wait = False, False, wait
-        self._connection, self._lock = connection, threading.Lock()
-        self._replies: dict[int, SimpleQueue[Reply]] = {}
-        threading.Thread(target=self._receive, daemon=True, name="worker replies").start()
-
-    def send(self, request: Request) -> SimpleQueue[Reply]:
-        """Send a request; returns the queue of its replies. Raises: OSError if the process has ended."""
-        replies: SimpleQueue[Reply] = SimpleQueue()
-        with self._lock:
-            if self.has_ended:
-                raise BrokenPipeError
-            # Before the request is sent, since the reply may be faster than this thread.
-            self._replies[request.number] = replies
-            self._connection.send(request)
-        return replies
-
-    def cancel(self, number: int) -> None:
-        """Drop further replies to a request, which is cancelled if it is in flight."""
-        with self._lock, suppress(OSError):
-            if self._replies.pop(number, None) is not None and not self.has_ended:
-                self._connection.send(Request(number))
-
-    def finish(self) -> None:
-        """Let the process end after the requests in flight."""
-        with self._lock, suppress(OSError):
-            self._connection.send(None)
-
-    def _receive(self) -> None:
-        """Pass the replies on until the process ends, which fails the requests in flight."""
-        try:
-            with suppress(EOFError, OSError):
-                while True:
-                    self._pass_on(self._connection.recv())
-        finally:
-            with self._lock:
-                self.has_ended = True
-                for number, replies in self._replies.items():
-                    replies.put(Reply(number, "error", InputError(ENDED)))
-                self._connection.close()
-        if code := self._wait():
-            logger.warning("The worker process has ended with exit code %s; the next request starts another one", code)
-
-    def _pass_on(self, reply: Reply) -> None:
-        if reply.number == READY:
-            self.on_gpu = reply.value
-            return
-        replies = self._replies.get(reply.number) if reply.kind == "event" else self._replies.pop(reply.number, None)
-        # There is none after the request was cancelled.
-        if replies is not None:
-            replies.put(reply)
-
-
 class Stream(Iterator[Any]):
-    """The events of a streaming job. `close` may be called by any thread: it ends the iteration and cancels the job."""
+    """The events of a job, and its connection. `close`, which any thread may call, ends the iteration and cancels the job."""
 
-    def __init__(self, started: _Started, number: int, replies: SimpleQueue[Reply]) -> None:
-        self._started, self._number, self._replies = started, number, replies
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._is_closed = connection, False
 
     def __next__(self) -> Any:
         """The next event. Raises: as `InferenceWorker.call`."""
-        reply = self._replies.get()
-        if reply.kind == "event":
-            return reply.value
-        self._replies.put(Reply(self._number, "result", None))
-        if reply.kind == "error":
-            raise reply.value
-        raise StopIteration
+        try:
+            reply = Reply(is_end=True) if self._is_closed else self._connection.recv()
+        except (EOFError, OSError) as error:
+            reply = Reply(is_end=True)
+            if not self._is_closed:
+                raise InputError(ENDED) from error
+        if not reply.is_end:
+            return reply.event
+        self.close()
+        raise reply.error or StopIteration
+
+    def every(self, seconds: float) -> Iterator[Any]:
+        """The events, and None whenever there was none for `seconds`, so that its consumer can be closed meanwhile."""
+        while not self._is_closed:
+            if self._connection.poll(seconds):
+                yield from islice(self, 1)
+            else:
+                yield None
 
     def close(self) -> None:
-        """End the iteration, and cancel the job before it starts or at its next event."""
-        self._started.cancel(self._number)
-        self._replies.put(Reply(self._number, "result", None))
+        """End the iteration; the job is cancelled before it starts or at its next event."""
+        self._is_closed = True
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as duplicate, suppress(OSError):
+            duplicate.shutdown(socket.SHUT_RDWR)
+
+
+class _Process:
+    """The page's side of a process that was started."""
+
+    def __init__(self, control: socket.socket, wait: Callable[[], int]) -> None:
+        self.on_gpu, self.has_ended, self._control = False, False, control
+        threading.Thread(target=self._watch, args=[wait], daemon=True, name="worker's end").start()
+
+    def send(self, request: Request) -> Stream:
+        """Send a request; returns its events. Raises: OSError if the process has ended."""
+        ours, theirs = Pipe()
+        with theirs:
+            socket.send_fds(self._control, [b" "], [theirs.fileno()])
+        ours.send(request)
+        return Stream(ours)
+
+    def finish(self) -> None:
+        """Let the process end after the requests in flight."""
+        self.has_ended = True
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+
+    def _watch(self, wait: Callable[[], int]) -> None:
+        with suppress(ConnectionError):
+            self.on_gpu = self._control.recv(1) == ON_GPU
+        code = wait()
+        self.has_ended = True
+        if code:
+            logger.warning("The worker process has ended with exit code %s; the next request starts another one", code)
 
 
 class InferenceWorker:
@@ -166,158 +146,119 @@ class InferenceWorker:
     """
 
     def __init__(self, launch: Callable[[], Launched] = launch) -> None:
-        self.launch, self._lock = launch, threading.Lock()
-        self._numbers, self._started = itertools.count(), None
+        self.launch, self._lock, self._started = launch, threading.Lock(), None
 
-    def start(self) -> _Started:
+    def start(self) -> _Process:
         """Start the process unless it runs, so that its libraries load before the first request."""
         with self._lock:
             if self._started is None or self._started.has_ended:
-                self._started = _Started(*self.launch())
+                self._started = _Process(*self.launch())
             return self._started
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The result of the job `name`. Raises: InputError of the job, or because the process ended; InferenceError."""
-        _, replies = self._sent(Request(next(self._numbers), name, arguments))
-        reply = replies.get()
-        if reply.kind == "error":
-            raise reply.value
-        return reply.value
+        with closing(self._send(Request(name, arguments, is_stream=False))) as events:
+            return next(events)
 
     def stream(self, name: str, *arguments: Any) -> Stream:
         """The events of the job `name`, whose first argument is the function that it reports them with."""
-        request = Request(next(self._numbers), name, arguments, is_stream=True)
-        started, replies = self._sent(request)
-        return Stream(started, request.number, replies)
+        return self._send(Request(name, arguments, is_stream=True))
 
     def stop(self) -> None:
         """Let the process end after the requests in flight, which frees the device; the next request starts another one."""
         with self._lock:
-            started, self._started = self._started, None
-        if started is not None:
-            started.finish()
+            if self._started is not None:
+                self._started.finish()
 
     def free_gpu(self) -> None:
         """Stop the process if its models are on a GPU."""
         if self._started is not None and self._started.on_gpu:
             self.stop()
 
-    def _sent(self, request: Request) -> tuple[_Started, SimpleQueue[Reply]]:
-        """The process that has received the request, started again if it has ended before, and the queue of the replies."""
-        started = self.start()
+    def _send(self, request: Request) -> Stream:
         with suppress(OSError):
-            return started, started.send(request)
-        with self._lock:
-            self._started = None if self._started is started else self._started
-        started = self.start()
-        return started, started.send(request)
+            return self.start().send(request)
+        # It has ended a moment ago.
+        self.stop()
+        return self.start().send(request)
 
 
-@dataclass(frozen=True)
-class CheckedImage:
+WORKER = InferenceWorker()
+
+
+def serve(control: socket.socket, jobs: ModuleType) -> None:
+    """Run the jobs of the page's side until it shuts the control socket down, and then wait for those in flight.
+
+    Args:
+        jobs: a module whose functions are the jobs. LANES has the lane of those that use a model: the jobs of one lane run one
+            after another. `on_gpu` tells whether the models are on a GPU.
+    """
+    files = ThreadPoolExecutor(FILE_THREADS, "files")
+    lanes = {lane: ThreadPoolExecutor(1, lane) for lane in set(jobs.LANES.values())}
+    with suppress(ConnectionError):
+        control.send(ON_GPU if jobs.on_gpu() else b"\0")
+        while descriptors := socket.recv_fds(control, 1, 1)[1]:
+            connection = Connection(descriptors[0])
+            with suppress(EOFError, ConnectionError):
+                request = connection.recv()
+                pool = lanes.get(jobs.LANES.get(request.name), files)
+                future = pool.submit(_run, connection, request, getattr(jobs, request.name))
+                future.add_done_callback(partial(_finish, connection, request.name))
+    for pool in (files, *lanes.values()):
+        pool.shutdown()
+
+
+def _run(connection: Connection, request: Request, job: Callable[..., Any]) -> None:
+    def report(event: Any) -> None:
+        connection.send(Reply(event))
+
+    # The page sends nothing else, so this is the end of a request that was cancelled while it waited.
+    if connection.poll():
+        raise ConnectionAbortedError
+    if request.is_stream:
+        job(report, *request.arguments)
+    else:
+        report(job(*request.arguments))
+
+
+def _finish(connection: Connection, name: str, future: Future[None]) -> None:
+    error = future.exception()
+    with connection, suppress(ConnectionError):
+        if connection.poll():
+            return
+        if isinstance(error, InputError):
+            error = InputError(str(error))
+        elif error is not None:
+            logger.error("The job %s failed", name, exc_info=error)
+            error = InferenceError(f"The job {name} failed with {type(error).__name__}.")
+        connection.send(Reply(is_end=True, error=error))
+
+
+class CheckedImage(NamedTuple):
     """The result of the checks of one image: a verdict, one of `webui.screens.photos.CHIPS`, and a sentence per finding."""
 
     verdict: str
     sentences: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class CheckedImages:
+class CheckedImages(NamedTuple):
     """The results of the image checks by file, and sentences about the whole dataset."""
 
     images: dict[str, CheckedImage]
     together: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Crop:
-    """An image as the model sees it.
-
-    Args:
-        address: the first variant as a data URL.
-        size: the height and width that the model sees, in pixels.
-        variants: the number of crops and mirror images of this image.
-    """
+class Crop(NamedTuple):
+    """An image as the model sees it: the first of its variants, small, as a data URL; its height and width; their number."""
 
     address: str
     size: tuple[int, int]
     variants: int
 
 
-@dataclass(frozen=True)
-class ZeroShotAccuracy:
-    """The accuracy of the built-in CLIP from the class names alone.
-
-    Args:
-        right, count: the numbers of correctly classified images and of all images.
-        by_class: the same numbers for each class, by its key.
-    """
+class ZeroShotAccuracy(NamedTuple):
+    """The numbers of images that the built-in CLIP classifies correctly by the class names alone, of all, and of each class."""
 
     right: int
     count: int
     by_class: dict[str, tuple[int, int]]
-
-
-WORKER = InferenceWorker()
-
-
-class _Serving:
-    """The worker's side of a connection: one thread for the jobs of each lane, and some for the other jobs."""
-
-    def __init__(self, connection: Connection, jobs: ModuleType) -> None:
-        self._connection, self._jobs, self._lock = connection, jobs, threading.Lock()
-        self._cancelled: set[int] = set()
-        self._lanes = {lane: ThreadPoolExecutor(1, lane) for lane in set(jobs.LANES.values())}
-        self._files = ThreadPoolExecutor(FILE_THREADS, "files")
-
-    def run(self) -> None:
-        """Run jobs until the page's side closes the connection or asks for the end, and then wait for those in flight."""
-        self._send(pickle.dumps(Reply(READY, "result", self._jobs.on_gpu())))
-        while (request := self._connection.recv()) is not None:
-            if request.name is None:
-                self._cancelled.add(request.number)
-            else:
-                pool = self._lanes.get(self._jobs.LANES.get(request.name), self._files)
-                pool.submit(self._result, request).add_done_callback(partial(self._finish, request))
-        for pool in (*self._lanes.values(), self._files):
-            pool.shutdown()
-
-    def _send(self, content: bytes) -> None:
-        with self._lock:
-            self._connection.send_bytes(content)
-
-    def _result(self, request: Request) -> bytes:
-        def report(event: Any) -> None:
-            if request.number in self._cancelled:
-                raise Cancelled
-            self._send(pickle.dumps(Reply(request.number, "event", event)))
-
-        if request.number in self._cancelled:
-            raise Cancelled
-        job = getattr(self._jobs, request.name)
-        result = job(report, *request.arguments) if request.is_stream else job(*request.arguments)
-        return pickle.dumps(Reply(request.number, "result", None if request.is_stream else result))
-
-    def _finish(self, request: Request, future: Future[bytes]) -> None:
-        error = future.exception()
-        if error is None:
-            self._send(future.result())
-        elif isinstance(error, InputError):
-            self._send(pickle.dumps(Reply(request.number, "error", InputError(str(error)))))
-        elif not isinstance(error, Cancelled):
-            logger.error("The job %s failed", request.name, exc_info=error)
-            failed = InferenceError(f"The job {request.name} failed with {type(error).__name__}.")
-            self._send(pickle.dumps(Reply(request.number, "error", failed)))
-        self._cancelled.discard(request.number)
-
-
-def serve(connection: Connection, jobs: ModuleType) -> None:
-    """Run the jobs of the page's side until it closes the connection or asks for the end.
-
-    Args:
-        jobs: a module whose functions are the jobs. LANES has the lane of those that use a model: the jobs of one lane run one
-            after another. `on_gpu` tells whether the models are on a GPU. A streaming job has a function to report events with
-            as its first argument.
-    """
-    with suppress(EOFError, ConnectionError):
-        _Serving(connection, jobs).run()

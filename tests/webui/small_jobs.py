@@ -1,9 +1,9 @@
 """Jobs without libraries, for tests of the worker process: `python -m small_jobs DESCRIPTOR` runs them."""
 
 import os
+import socket
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -51,5 +51,5 @@ def append(log, text):
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), sys.modules[__name__])
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.modules[__name__])
     os._exit(0)

@@ -1,7 +1,7 @@
 """The worker's loop in a thread of this process: the same jobs, messages and cancelling, without the start of a process."""
 
+import socket
 import threading
-from multiprocessing import Pipe
 
 from webui import inference_jobs
 from webui.inference_worker import Launched, serve
@@ -9,7 +9,7 @@ from webui.inference_worker import Launched, serve
 
 def launch_thread() -> Launched:
     """In place of `webui.inference_worker.launch`."""
-    ours, theirs = Pipe()
+    ours, theirs = socket.socketpair()
     thread = threading.Thread(target=serve, args=(theirs, inference_jobs), daemon=True)
     thread.start()
     return ours, lambda: thread.join() or 0
