@@ -8,25 +8,29 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.images import read_settings, save_image
-from pipelines.subject.generation_request import SAMPLERS, BlockScales, GenerationRequest, ScaledAdapter
+from pipelines.subject.generation_request import SAMPLERS, BlockScales, GenerationProgress, GenerationRequest, ScaledAdapter
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.measured import adapter_at, saved_steps
 from webui import uploads
+from webui.inference_worker import WORKER
 from webui.runs import RunView, views
 from webui.workspace import Workspace
 
 FILE = "file"
-GONE = "This adapter no longer exists. Choose another one."
+# Gradio's limit on generations at once, all of which but one wait for the worker; each needs a thread.
+AT_ONCE = {"concurrency_limit": 8, "concurrency_id": "generation"}
+PATIENCE = 1.0
 Layout = Literal["compact", "full", "diffusers", "kohya"]
 LAYOUTS: dict[Layout, tuple[str, str]] = {
     "compact": ("Compact", "The smallest: for this app and the NoRA Vision library, with exactly the same base model."),
@@ -44,14 +48,8 @@ FAVOURITE = ".favourite"
 NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The steps of a run that have a saved adapter.
-
-    Args:
-        choices: the title of each and the step, in order.
-        chosen: the recommended one, else the last; None if there is none.
-    """
+class Steps(NamedTuple):
+    """The steps of a run with a saved adapter, in order, each after its title; and the recommended one, else the last."""
 
     choices: list[tuple[str, int]]
     chosen: int | None
@@ -101,21 +99,22 @@ def find_adapter(workspace: Workspace, reference: str, scale: Any = 1.0, blocks:
     Raises: InputError if this workspace has none, or the scale is out of range.
     """
     owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
-    scales = {"reference": reference, "scale": scale, "blocks": blocks or BlockScales()}
-    if owner != FILE:
-        return ScaledAdapter(**_of_run(RunView(workspace.run(owner)), part), **scales)
-    files = {path.stem: (name, path) for name, path in uploads.adapters(workspace)}
-    if part not in files:
-        raise InputError(GONE)
-    return ScaledAdapter(name=files[part][0], path=files[part][1], **scales)
+    if owner == FILE:
+        found = next((each for each in uploads.adapters(workspace) if each[1].stem == part), None)
+        where = found and {"name": found[0], "path": found[1]}
+    else:
+        where = _of_run(RunView(workspace.run(owner)), part)
+    if where is None:
+        raise InputError("This adapter no longer exists. Choose another one.")
+    return ScaledAdapter(**where, reference=reference, scale=scale, blocks=blocks or BlockScales())
 
 
-def _of_run(view: RunView, part: str) -> dict[str, Any]:
+def _of_run(view: RunView, part: str) -> dict[str, Any] | None:
     if view.task != "subject" or "model" not in view.options:
         raise InputError("This run has no adapter for generation. Choose a subject run.")
     step = next((saved for _, saved in steps_of(view.record).choices if str(saved) == part), None)
     if step is None:
-        raise InputError(GONE)
+        return None
     path = view.record.path if step == last_step(view.record) else adapter_at(view.record, step)
     return {"name": f"{view.title}, step {step}", "path": path, "model": view.options["model"]}
 
@@ -151,6 +150,16 @@ def request_for(
         side = run.options.get("data", {}).get("resolution")
         values["size"] = None if side is None else (side, side)
     return GenerationRequest(adapters=chosen, **values)
+
+
+def generated(workspace: Workspace, request: GenerationRequest) -> Iterator[GenerationProgress | Path | None]:
+    """Generate images: the progress at each step, and the file of each finished image. Closing it cancels the generation.
+
+    It yields None at least every `PATIENCE` seconds, since nobody can close a generator that waits for the device.
+    Raises: InputError if an adapter cannot be used.
+    """
+    with closing(WORKER.stream("generate", workspace, request)) as events:
+        yield from events.every(PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -200,10 +209,8 @@ def is_favourite(path: Path) -> bool:
 
 def toggle_favourite(path: Path) -> None:
     """Make an image a favourite, or no longer."""
-    if is_favourite(path):
-        path.with_suffix(FAVOURITE).unlink(missing_ok=True)
-    else:
-        path.with_suffix(FAVOURITE).touch()
+    mark = path.with_suffix(FAVOURITE)
+    (mark.unlink if mark.exists() else mark.touch)()
 
 
 def delete_image(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The screen Runs: the actions on a run, and the comparison of runs, with and without a browser."""
 
 import json
+import re
 import shutil
 
 import gradio as gr
@@ -59,7 +60,9 @@ def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_
     assert "default" in shown
     assert "<td>duck</td>" in shown
     assert "/srv" not in shown
-    for plot in plots(runs).values():
+    for title, plot in plots(runs).items():
+        (table,) = re.findall(rf'<table class="heard"><caption>{re.escape(title)}</caption>.*?</table>', shown, re.DOTALL)
+        assert {"<th>A</th>", "<th>B</th>"} == set(re.findall("<th>[A-D]</th>", table))
         assert {name for *_, name in plot.update().key} == {"A", "B"}, plot.title
 
 

@@ -47,7 +47,7 @@ def card_for(folder, model, layout="kohya"):
     view, workspace = view_of_model(folder / "runs" / "a", model), Workspace(folder / "runs", folder / "sets", is_local=True)
     wanted = request_for(workspace, [("a@60", 0.8, None)], prompt="sks toy at night", sampler="DPM++ 2M Karras", seed=3)
     path = folder / file_name("sks-toy-step60", layout)
-    return _card(view, wanted, layout, path, folder)
+    return _card(view, wanted, layout, path)
 
 
 def test_a_file_for_sdxl_comes_with_places_trigger_word_weight_and_a_workflow(tmp_path):
@@ -101,7 +101,7 @@ def test_the_values_of_the_page_become_one_request(tmp_path):
     view_of_model(tmp_path / "runs" / "a", SDXL)
     view_of_model(tmp_path / "runs" / "b", SDXL)
     workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
-    fields = ["a star", "", 2, 5, "832 x 1216", "Euler a", 9, 3.5, True]
+    fields = ["a star", "", 2, 5, "Same seed", "832 x 1216", "Euler a", 9, 3.5, True]
     rows = ["", 0.5, 0.3, 1, 1, "b@60", 0.7, 1, 1, 1, "", 1, 1, 1, 1, "", 1, 1, 1, 1]
     made = request_of(workspace, "a", 60, *fields, *rows)
     assert [(each.reference, each.scale, each.blocks.down) for each in made.adapters] == [("a@60", 0.5, 0.3), ("b@60", 0.7, 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,18 +44,12 @@ PLOTS = {
     ),
 }
 SPECIAL_COLOURS = {"Recommended": MARKED, "Limit (photo)": f"{COLOURS[0]}99", "Limit (outlines)": f"{COLOURS[1]}99"}
-NO_LOSS = "No photo was held out, so there is no validation loss."
-SHORT_FOLDS = (
-    "There are too few photos to hold one out, so it is the mean of short trainings, each without one photo, that end there."
-)
 CLICKS = """element.addEventListener('click', event => {
   const button = event.target.closest('button');
   if (!button) return;
   trigger('click', {...button.dataset});
   if (button.dataset.step) document.getElementById('judge-compare').scrollIntoView({block: 'nearest', behavior: 'smooth'});
 });"""
-NO_RUN = ("There are no results yet.", "Once a run has started, its images and scores appear here.")
-CLASSIFIER = ("This run is a classifier.", "Its accuracy and confusion matrix are on the screen Classify.")
 judge = macros("judge.html")
 
 
@@ -158,7 +152,9 @@ def measurements(view: RunView) -> Markup:
     cells = {name: {step: _number(name, value) for step, value in column.items()} for name, column in measured.items()}
     cells |= _preferred(view)
     rows = [[judge.step_name(step, recommended), *(column.get(step, "") for column in cells.values())] for step in steps]
-    return parts.table(["Step", *cells], rows, css="figures") + _missing(view, measured.get("Validation loss"), steps)
+    last = max(measured.get("Validation loss", {}), default=None)
+    table = parts.table(["Step", *cells], rows, css="figures")
+    return table + judge.missing_losses(last, steps[-1], (view.record.path / FOLDS).is_dir())
 
 
 def _number(name: str, value: float) -> str:
@@ -171,16 +167,6 @@ def _preferred(view: RunView) -> dict[str, dict[int, str]]:
     return {"You preferred": {step: "{} of {}".format(*count) for step, count in counts.items()}} if counts else {}
 
 
-def _missing(view: RunView, losses: Mapping[int, float] | None, steps: Sequence[int]) -> Markup:
-    """Why steps have no validation loss."""
-    if not losses:
-        return parts.note(NO_LOSS)
-    if max(losses) == steps[-1]:
-        return parts.note("Losses and images are measured at steps of their own; an empty cell was not measured.")
-    why = SHORT_FOLDS if (view.record.path / FOLDS).is_dir() else "Training ended before the next measurement."
-    return parts.note(f"There is no validation loss after step {max(losses)}. {why}")
-
-
 def record_choice(view: RunView, chosen: Choices, side: str) -> Choices:
     """Store which image of the pair is preferred, and say which steps they were of."""
     *steps, prompt = chosen.pair
@@ -188,9 +174,7 @@ def record_choice(view: RunView, chosen: Choices, side: str) -> Choices:
     preferred, other = steps if side == "left" else steps[::-1]
     choice = Preference(sample.prompt, sample.seed, tuple(steps), None if side == "equal" else preferred)
     Preferences.add(view.record.path, choice)
-    names = [f"step {step}" if step else "the base model" for step in (preferred, other)]
-    result = "You found {} and {} about equal." if side == "equal" else "You preferred {} to {}."
-    return replace(chosen, pair=None, result=result.format(*names))
+    return replace(chosen, pair=None, result=str(judge.result(preferred, other, side == "equal")).strip())
 
 
 def blind_choice(view: RunView, chosen: Choices | None) -> Markup:
@@ -222,7 +206,7 @@ def card(view: RunView) -> str:
 def content(view: RunView | None, chosen: Choices | None) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs; without a subject run, only why it is empty."""
     if view is None or view.task == "classify":
-        return {"empty": text(parts.empty(*(NO_RUN if view is None else CLASSIFIER))), "results": component(gr.Column, False)}
+        return {"empty": text(judge.no_results(view)), "results": component(gr.Column, False)}
     record, words = view.record, card(view)
     changed = tuple((step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record))
     return {

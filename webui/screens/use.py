@@ -6,41 +6,26 @@ import html
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from markupsafe import Markup
 
 from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from pipelines.subject.generation_request import SAMPLERS, BlockScales, GenerationRequest, ScaledAdapter
 from training.runs.naming import default_title
-from webui import uploads
+from webui import generation, uploads
 from webui.context import QUIET, AppContext
-from webui.generation import (
-    FILE,
-    GeneratedImages,
-    Steps,
-    others,
-    reference_of,
-    reference_of_file,
-    request_again,
-    request_for,
-    settings_of,
-    steps_of,
-)
-from webui.inference_worker import WORKER
 from webui.render import data_url, macros, parts
 from webui.runs import RunView, view_of
 from webui.screens.use_results import ALL, Files, Gallery, gallery_of
 from webui.workspace import Workspace
 
 # The fields of a request in the order of the page's values, which those of each adapter follow.
-FIELDS = ("prompt", "negative_prompt", "count", "seed", "size", "sampler", "steps", "guidance_scale", "with_base")
+FIELDS = ("prompt", "negative_prompt", "count", "seed", "seeding", "size", "sampler", "steps", "guidance_scale", "with_base")
 # The run's adapter and three further ones. Each has a reference, a weight, and weights of the down, mid and up blocks.
 SLOTS, SLOT = 4, 5
 RANDOM, SAME = "Random seed", "Same seed"
@@ -51,27 +36,7 @@ SIZE = re.compile(r"\s*(\d{1,5})\s*x\s*(\d{1,5})\s*")
 VARIATIONS = 4
 SECONDS_BETWEEN = 0.1
 CANCELLED = parts.note("Cancelled. Finished images are kept.")
-NO_RUN = parts.empty("There is no adapter yet.", "Add a few photos under Photos and train on them.")
-NO_STEP = parts.empty("This run has no adapter yet.", "The first checkpoint is saved after some steps. The page then updates.")
-CLASSIFIER = parts.empty("This run is a classifier.", "It generates no images. Use it under Classify, or choose a subject run.")
 use = macros("use.html")
-
-
-class Generation:
-    """Images that a tab waits for."""
-
-    def __init__(self) -> None:
-        self.is_cancelled, self.stream = False, None
-
-    def cancel(self) -> None:
-        """Cancel it, also while it waits for the device."""
-        self.is_cancelled = True
-        if self.stream is not None:
-            self.stream.close()
-
-
-# What each tab generates, by its session.
-GENERATIONS: dict[str, Generation] = {}
 
 
 def request_of(workspace: Workspace, run_id: str | None, step: int | None, *values: Any) -> GenerationRequest:
@@ -80,14 +45,16 @@ def request_of(workspace: Workspace, run_id: str | None, step: int | None, *valu
     Raises: InputError if an adapter is missing or a value is out of range.
     """
     given = dict(zip(FIELDS, values, strict=False))
+    if given.pop("seeding") == RANDOM:
+        given["seed"] = secrets.randbelow(2**31)
     given |= {"size": size_from(given["size"]), "sampler": None if given["sampler"] == DEFAULT else given["sampler"]}
     adapters = []
     for index, (reference, scale, *blocks) in enumerate(zip(*[iter(values[len(FIELDS) :])] * SLOT, strict=True)):
         if index == 0 and run_id is not None and step is not None:
-            reference = reference_of(run_id, step)
+            reference = generation.reference_of(run_id, step)
         if reference:
             adapters.append((reference, scale, BlockScales(**dict(zip(BlockScales.model_fields, blocks, strict=True)))))
-    return request_for(workspace, adapters, **given)
+    return generation.request_for(workspace, adapters, **given)
 
 
 def size_from(text: str | None) -> tuple[int, int] | None:
@@ -113,7 +80,7 @@ class _Use:
     def __init__(self, context: AppContext) -> None:
         self.context, self.seen = context, gr.State(None)
         self.fields: dict[str, Any] = {}
-        self.empty = gr.HTML(NO_RUN, elem_id="use-empty")
+        self.empty = gr.HTML(use.no_adapter(None), elem_id="use-empty")
         with gr.Column(visible=False, elem_id="use-form") as self.form:
             with gr.Row(equal_height=False):
                 # The images follow the prompt, also where a narrow page puts the second column below the first.
@@ -123,8 +90,8 @@ class _Use:
                 with gr.Column(scale=4, min_width=300):
                     self._settings()
             self.files = Files(context)
-        self.adapter_fields = [field for slot in self.slots for field in slot]
-        self.inputs = [context.run, context.step, *(self.fields[name] for name in FIELDS), *self.adapter_fields]
+        adapters = [field for slot in self.slots for field in slot]
+        self.inputs = [context.run, context.step, *(self.fields[name] for name in FIELDS), *adapters]
         self.files.wire(self.inputs, request_of)
         self._wire_run()
         self._wire_generation()
@@ -148,7 +115,8 @@ class _Use:
         with gr.Row():
             fields["count"] = gr.Slider(1, 8, 1, step=1, label="Images", elem_id="use-count", min_width=140)
             fields["seed"] = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
-        self.seeding = gr.Radio([RANDOM, SAME], value=RANDOM, show_label=False, container=False, elem_id="use-seeding")
+        seeding = {"value": RANDOM, "show_label": False, "container": False, "elem_id": "use-seeding"}
+        fields["seeding"] = gr.Radio([RANDOM, SAME], **seeding)
         with gr.Row():
             fields["size"] = gr.Dropdown(
                 [DEFAULT], value=DEFAULT, allow_custom_value=True, label="Image size", info="Width x height", elem_id="use-size"
@@ -208,12 +176,12 @@ class _Use:
             chosen: the run and the step that the user selected; used while the run has that step.
         """
         view = view_of(workspace, run_id)
-        steps = Steps([], None) if view is None or view.task != "subject" else steps_of(view.record)
+        steps = generation.Steps([], None) if view is None or view.task != "subject" else generation.steps_of(view.record)
         key = [run_id, getattr(view, "state", None), steps.choices, steps.chosen]
         if key == seen:
             return {self.seen: seen}
         if not steps.choices:
-            return {self.seen: key, self.empty: gr.HTML(_no_adapter(view), visible=True), self.form: gr.Column(visible=False)}
+            return {self.seen: key, self.empty: gr.HTML(use.no_adapter(view), visible=True), self.form: gr.Column(visible=False)}
         had_steps = bool(seen) and seen[0] == run_id and bool(seen[2])
         step = chosen[1] if chosen in [[run_id, step] for _, step in steps.choices] else steps.chosen
         return {
@@ -229,7 +197,7 @@ class _Use:
         """The prompts, sizes and further adapters of a newly selected run."""
         prompts = [str(each) for each in view.options.get("output", {}).get("validation_prompt") or []]
         sizes = SMALL_SIZES if is_built_in(str(view.chosen("model", "pretrained_model_name_or_path"))) else SIZES
-        choices = [("none", ""), *others(workspace, view.id)]
+        choices = [("none", ""), *generation.others(workspace, view.id)]
         hint = f"Describe the image; your subject is called {default_title(view.options, view.task)}. Enter generates."
         return {
             self.fields["prompt"]: gr.Textbox(value=f"{view.prompt} in the snow", info=hint),
@@ -241,85 +209,79 @@ class _Use:
     def add_file(self, request: gr.Request, file: str, run_id: str | None, *references: Any) -> list[Any]:
         workspace = self.context.settings.workspace(request)
         copy, notes = uploads.add_adapter(workspace, file)
-        added = reference_of_file(copy)
+        added = generation.reference_of_file(copy)
         for sentence in notes:
             gr.Warning(html.escape(sentence), title="Partly added")
-        choices = [("none", ""), *others(workspace, run_id)]
+        choices = [("none", ""), *generation.others(workspace, run_id)]
         free = next((at for at, each in enumerate(references) if not each), 0)
         return [gr.Dropdown(choices=choices, value=added if at == free else each) for at, each in enumerate(references)]
 
     # Generating
 
     def _wire_generation(self) -> None:
-        at_once, seed = {"queue": False, **QUIET}, self.fields["seed"]
-        buttons = [self.generate, self.cancel, self.bar]
+        buttons, seed, seeding = [self.generate, self.cancel, self.bar], self.fields["seed"], self.fields["seeding"]
+        triggers = [self.generate.click, self.fields["prompt"].submit, self.images.vary.click]
+        inputs, outputs = [self.images.selected, *self.inputs], [*buttons, seed, *self.images.outputs, self.images.filter]
         # The bar is on the page itself; Gradio would fade it until the first step.
-        on_device = {**QUIET, "concurrency_limit": 1, "concurrency_id": "device"}
-        for events, handler, inputs, seeding in (
-            ([self.generate.click, self.fields["prompt"].submit], self.generate_images, self.inputs, self.seeding),
-            ([self.images.vary.click], self.generate_variations, [self.images.selected], gr.State(SAME)),
-        ):
-            begun = gr.on(events, self.begin, [seeding, seed], [*buttons, seed], **at_once)
-            outputs = [self.bar, *self.images.outputs, self.images.filter]
-            running = begun.success(handler, inputs, outputs, **on_device)
-            running.then(lambda: [gr.Button(interactive=True), gr.Button(visible=False)], None, buttons[:2], **at_once)
-            running.failure(lambda: "", None, self.bar, **at_once)
-        self.cancel.click(self.stop, None, self.bar, **at_once)
-        seed.input(lambda: SAME, None, self.seeding, **QUIET)
-        changed = {self.context.run, self.context.chosen, self.seeding, *self._run_outputs(), *self.inputs[2:]}
+        running = gr.on(triggers, self.generate_images, inputs, outputs, **QUIET, **generation.AT_ONCE)
+        running.failure(lambda: self._idle(""), None, buttons, **QUIET)
+        self.cancel.click(lambda: self._idle(CANCELLED), None, buttons, cancels=[running], **QUIET)
+        seed.input(lambda: SAME, None, seeding, **QUIET)
+        changed = {self.context.run, self.context.chosen, *self._run_outputs(), *self.inputs[2:]}
         self.images.again.click(self.reuse, [self.images.selected, self.context.run], changed, **QUIET)
 
-    def begin(self, seeding: str, seed: Any, request: gr.Request) -> list[Any]:
-        session = str(request.session_hash)
-        if session in GENERATIONS:
-            raise InputError("Images are being generated. Wait until they are done, or cancel them.")
-        GENERATIONS[session] = Generation()
-        bar = use.progress([], None, "Waiting for the device")
-        chosen = secrets.randbelow(2**31) if seeding == RANDOM else seed
-        return [gr.Button(interactive=False), gr.Button(visible=True), bar, chosen]
+    def _idle(self, bar: str) -> dict[Any, Any]:
+        """Updates at the end of a generation."""
+        return {self.generate: gr.Button(interactive=True), self.cancel: gr.Button(visible=False), self.bar: bar}
 
-    def stop(self, request: gr.Request) -> str:
-        if (generation := GENERATIONS.get(str(request.session_hash))) is not None:
-            generation.cancel()
-        return CANCELLED
-
-    def generate_images(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        yield from self._generated(request, lambda workspace: request_of(workspace, *values))
-
-    def generate_variations(self, request: gr.Request, name: str) -> Iterator[list[Any]]:
-        def wanted(workspace: Workspace) -> GenerationRequest:
-            settings, _ = settings_of(GeneratedImages.of(workspace).find(name))
-            return request_again(workspace, settings, seed=settings["seed"] + 1, count=VARIATIONS)
-
-        yield from self._generated(request, wanted)
-
-    def _generated(self, request: gr.Request, wanted: Callable[[Workspace], GenerationRequest]) -> Iterator[list[Any]]:
-        """Generate images until the tab cancels; yields updates of the progress, the gallery and its filter."""
-        workspace, session = self.context.settings.workspace(request), str(request.session_hash)
-        try:
-            yield from _with_progress(workspace, wanted(workspace), GENERATIONS[session])
-        finally:
-            GENERATIONS.pop(session, None)
+    def generate_images(
+        self, event: gr.EventData, request: gr.Request, selected: str | None, *values: Any
+    ) -> Iterator[dict[Any, Any]]:
+        """Generate what the page's fields describe, or variations of the selected image."""
+        workspace, seed = self.context.settings.workspace(request), {}
+        if event.target._id == self.images.vary._id:
+            settings, _ = generation.settings_of(generation.GeneratedImages.of(workspace).find(selected))
+            wanted = generation.request_again(workspace, settings, seed=settings["seed"] + 1, count=VARIATIONS)
+        else:
+            wanted = request_of(workspace, *values)
+            seed = {self.fields["seed"]: wanted.seed}
+        waiting = use.progress([], None, "Waiting for the device")
+        yield {self.generate: gr.Button(interactive=False), self.cancel: gr.Button(visible=True), self.bar: waiting, **seed}
+        began = updated = time.monotonic()
+        warnings, preview = prompt_warnings(wanted), None
+        for update in generation.generated(workspace, wanted):
+            if isinstance(update, Path):
+                yield {**dict(zip(self.images.outputs, gallery_of(workspace, False), strict=True)), self.images.filter: ALL}
+                continue
+            if update is None:
+                yield {self.bar: gr.skip()}
+                continue
+            warnings += update.warnings
+            preview = preview if update.preview is None else data_url(update.preview, quality=80)
+            if update.done in (0, update.total) or time.monotonic() - updated > SECONDS_BETWEEN:
+                updated = time.monotonic()
+                text = f"{update.words}, step {update.done} of {update.total}"
+                yield {self.bar: use.progress(warnings, update.done / update.total, text, preview)}
+        yield self._idle(use.done(warnings, time.monotonic() - began, wanted.seed))
 
     def reuse(self, name: str, run_id: str | None, request: gr.Request) -> dict[Any, Any]:
         """Set all fields to the settings of an image, and select its run."""
         workspace = self.context.settings.workspace(request)
-        settings, _ = settings_of(GeneratedImages.of(workspace).find(name))
-        made = request_again(workspace, settings)
+        settings, _ = generation.settings_of(generation.GeneratedImages.of(workspace).find(name))
+        made = generation.request_again(workspace, settings)
         # The first fields are those of the selected run's adapter, at 0 for an image of the base model or of files alone.
         adapters, chosen = [None, *made.adapters], None
-        if made.adapters and not made.adapters[0].reference.startswith(f"{FILE}@"):
+        if made.adapters and not made.adapters[0].reference.startswith(f"{generation.FILE}@"):
             adapters, (run_id, _, step) = list(made.adapters), made.adapters[0].reference.partition("@")
             chosen = [run_id, int(step)]
         size = DEFAULT if made.size is None else " x ".join(map(str, made.size))
-        values = {**made.model_dump(include=set(FIELDS)), "size": size, "sampler": made.sampler or DEFAULT}
+        values = made.model_dump(include=set(FIELDS)) | {"size": size, "sampler": made.sampler or DEFAULT, "seeding": SAME}
         return {
             **self.updates(workspace, run_id, None, chosen),
             self.context.run: run_id,
             self.context.chosen: chosen,
-            self.seeding: SAME,
             **{self.fields[field]: value for field, value in values.items()},
-            **self._with_adapters(adapters, [("none", ""), *others(workspace, run_id)]),
+            **self._with_adapters(adapters, [("none", ""), *generation.others(workspace, run_id)]),
         }
 
     def _with_adapters(self, adapters: list[ScaledAdapter | None], choices: list[tuple[str, str]]) -> dict[Any, Any]:
@@ -333,41 +295,7 @@ class _Use:
         return updates
 
 
-def _no_adapter(view: RunView | None) -> str:
-    """What the screen says of a run without an adapter to generate with."""
-    if view is None:
-        return NO_RUN
-    if view.task == "classify":
-        return CLASSIFIER
-    if view.is_active:
-        return NO_STEP
-    reason = f"{view.reason.rstrip('.')}. " if view.reason else ""
-    return parts.empty("This run ended without an adapter.", f"{reason}Resume it under Train, or choose another run above.")
-
-
 def prompt_warnings(wanted: GenerationRequest) -> list[str]:
     """Warnings about A1111 syntax in the prompts, which is read as plain text, and what to use instead."""
     remedy = "choose it as the step or under Combine with other adapters, with its weight"
     return page_warnings([wanted.prompt, wanted.negative_prompt], remedy)
-
-
-def _with_progress(workspace: Workspace, wanted: GenerationRequest, generation: Generation) -> Iterator[list[Any]]:
-    began = updated = time.monotonic()
-    warnings, preview = prompt_warnings(wanted), None
-    with closing(WORKER.stream("generate", workspace, wanted)) as events:
-        generation.stream = events
-        for event in () if generation.is_cancelled else events:
-            if isinstance(event, Path):
-                yield [gr.skip(), *gallery_of(workspace, False), ALL]
-                continue
-            preview = preview if event.preview is None else data_url(event.preview, quality=80)
-            warnings += event.warnings
-            if event.done in (0, event.total) or time.monotonic() - updated > SECONDS_BETWEEN:
-                updated = time.monotonic()
-                text = f"{event.words}, step {event.done} of {event.total}"
-                yield [use.progress(warnings, event.done / event.total, text, preview), *[gr.skip()] * 3]
-    if generation.is_cancelled:
-        yield [CANCELLED, *[gr.skip()] * 3]
-        return
-    done = parts.note(f"Done in {time.monotonic() - began:.1f} s. Seed {wanted.seed}.")
-    yield [Markup("").join([*map(parts.warning, warnings), done]), *[gr.skip()] * 3]

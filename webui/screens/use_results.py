@@ -18,20 +18,10 @@ from pipelines.errors import InputError
 from pipelines.methods import DEFAULT, method_named
 from pipelines.subject.generation_request import GenerationRequest
 from pipelines.subject.usage import comfyui_workflow, python_code
-from training.runs.naming import default_title, file_stem, title_of
+from training.runs.naming import default_title
+from webui import generation
 from webui.context import QUIET, AppContext
-from webui.generation import (
-    LAYOUTS,
-    GeneratedImages,
-    Layout,
-    delete_image,
-    is_favourite,
-    layouts_of,
-    settings_of,
-    size_in,
-    size_text,
-    toggle_favourite,
-)
+from webui.generation import LAYOUTS, GeneratedImages, Layout
 from webui.inference_worker import WORKER
 from webui.render import CRISP_SIDE, in_cache, macros, parts
 from webui.runs import RunView
@@ -54,17 +44,6 @@ DEMO = (
     "This adapter was trained on the demo model, and its files fit the demo model alone. To use your subject in ComfyUI, A1111 "
     "or with SDXL in diffusers, train on SDXL."
 )
-# Where a file goes, by program.
-INSTRUCTIONS: dict[Layout, dict[str, str]] = {
-    "kohya": {
-        "ComfyUI": "Put it into ComfyUI/models/loras. Add a LoraLoader node, or open the workflow below in ComfyUI's window.",
-        "A1111, Forge": "Put it into models/Lora, and write <lora:{name}:{weight}> and the trigger word into the prompt.",
-        "diffusers": "Load it with load_lora_weights, as in the code below.",
-    },
-    "diffusers": {"diffusers": "Load it with load_lora_weights, as in the code below."},
-    "full": {"PEFT, NoRA Vision": "Unpack the zip, and load its folder with load_adapter, as in the code below."},
-    "compact": {"NoRA Vision": "Unpack the zip, and load its folder with load_adapter, as in the code below."},
-}
 use = macros("use.html")
 
 
@@ -83,15 +62,10 @@ class Gallery:
             self.favourite = gr.Button("Favourite", size="sm", min_width=90, elem_id="use-favourite")
             self.delete = gr.Button("Delete", size="sm", min_width=90, elem_id="use-delete")
         self.outputs = [self.gallery, self.details]
-        self._wire()
-
-    def _wire(self) -> None:
-        for event in (self.context.page.load, self.filter.input):
-            event(self._show, self.filter, self.outputs, **QUIET)
-        self.gallery.select(self._select, None, [self.selected, self.details, self.actions, self.favourite], **QUIET)
-        chosen = [self.selected, self.filter]
-        self.favourite.click(self._mark, chosen, [*self.outputs, self.favourite], **QUIET)
-        self.delete.click(self._delete, chosen, [*self.outputs, self.actions], **QUIET)
+        chosen, described = [self.selected, self.filter], [*self.outputs, self.actions, self.favourite]
+        gr.on([context.page.load, self.filter.input], self._show, self.filter, self.outputs, **QUIET)
+        self.gallery.select(self._select, None, [self.selected, *described[1:]], **QUIET)
+        gr.on([self.favourite.click, self.delete.click], self._change, chosen, described, **QUIET)
 
     def _show(self, which: str, request: gr.Request) -> list[Any]:
         return gallery_of(self.context.settings.workspace(request), which == FAVOURITES)
@@ -99,24 +73,21 @@ class Gallery:
     def _select(self, event: gr.SelectData, request: gr.Request) -> list[Any]:
         images = GeneratedImages.of(self.context.settings.workspace(request))
         path = images.find(Path(str(event.value["image"]["path"])).name)
-        return [path.name, _details(settings_of(path)[0]), gr.Row(visible=True), _favourite_button(path)]
+        settings, _ = generation.settings_of(path)
+        return [path.name, use.details(settings, generation.size_in(settings)), gr.Row(visible=True), _favourite_button(path)]
 
-    def _mark(self, name: str, which: str, request: gr.Request) -> list[Any]:
+    def _change(self, event: gr.EventData, name: str, which: str, request: gr.Request) -> list[Any]:
+        """Delete the selected image, or mark it as a favourite or no longer."""
         workspace = self.context.settings.workspace(request)
         path = GeneratedImages.of(workspace).find(name)
-        toggle_favourite(path)
-        return [*gallery_of(workspace, which == FAVOURITES), _favourite_button(path)]
-
-    def _delete(self, name: str, which: str, request: gr.Request) -> list[Any]:
-        workspace = self.context.settings.workspace(request)
-        delete_image(GeneratedImages.of(workspace).find(name))
-        return [*gallery_of(workspace, which == FAVOURITES), gr.Row(visible=False)]
+        (generation.delete_image if event.target._id == self.delete._id else generation.toggle_favourite)(path)
+        return [*gallery_of(workspace, which == FAVOURITES), gr.Row(visible=path.exists()), _favourite_button(path)]
 
 
 def gallery_of(workspace: Workspace, only_favourites: bool) -> list[Any]:
     """Updates of the gallery, with the user's newest images and their settings as captions, and of the hint below it."""
     images = GeneratedImages.of(workspace).newest(only_favourites)[:GALLERY_SIZE]
-    items = [_item(path, path.stat().st_mtime_ns, is_favourite(path)) for path in images]
+    items = [_item(path, path.stat().st_mtime_ns, generation.is_favourite(path)) for path in images]
     if any(not Path(cached).exists() for cached, *_ in items):
         _item.cache_clear()
         return gallery_of(workspace, only_favourites)
@@ -129,29 +100,13 @@ def gallery_of(workspace: Workspace, only_favourites: bool) -> list[Any]:
 @functools.lru_cache(maxsize=4096)
 def _item(path: Path, changed: int, favourite: bool) -> tuple[str, str, int]:
     """The cached copy of an image, its settings in one line, and its width in pixels."""
-    settings, side = settings_of(path)
+    settings, side = generation.settings_of(path)
     used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings.get("adapters", [])) or "base model"
     return in_cache(path), f"{'★ ' * favourite}{settings['prompt']}; {used}; seed {settings['seed']}", side
 
 
-def _details(settings: dict[str, Any]) -> str:
-    """An image's settings as a list."""
-    used = ", ".join(f"{each['name']} at {each['scale']:g}" for each in settings.get("adapters") or [])
-    size = size_in(settings)
-    facts = {
-        "Prompt": settings["prompt"],
-        "Negative prompt": settings["negative_prompt"],
-        "Adapters": used or "none (base model)",
-        "Seed": settings["seed"],
-        "Size": "" if size is None else f"{size[0]} x {size[1]}",
-        "Steps, guidance scale": f"{settings['num_inference_steps']}, {settings['guidance_scale']:g}",
-        "Base model, sampler": f"{settings['model']}, {settings['sampler']}",
-    }
-    return parts.facts([(name, value) for name, value in facts.items() if value != ""])
-
-
 def _favourite_button(path: Path) -> gr.Button:
-    return gr.Button("Not a favourite" if is_favourite(path) else "Favourite")
+    return gr.Button("Not a favourite" if generation.is_favourite(path) else "Favourite")
 
 
 class Files:
@@ -173,9 +128,9 @@ class Files:
 
     def updates(self, view: RunView) -> dict[Any, Any]:
         """The formats that a run's adapters have, and the size and the use of each."""
-        layouts = layouts_of(view.record)
+        layouts = generation.layouts_of(view.record)
         names = {layout: KOHYA if layout == "kohya" and _is_demo(view) else LAYOUTS[layout] for layout in layouts}
-        rows = [(name, f"{size_text(layouts[layout])}. {use}") for layout, (name, use) in names.items()]
+        rows = [(name, f"{generation.size_text(layouts[layout])}. {use}") for layout, (name, use) in names.items()]
         default = next((layout for layout in ("kohya", "full") if layout in layouts), None)
         choices = [(name, layout) for layout, (name, _) in names.items()]
         hidden = {each: type(each)(visible=False) for each in (self.card, self.workflow, self.code)}
@@ -183,58 +138,47 @@ class Files:
         return {**formats, **hidden}
 
     def wire(self, inputs: list[Any], request_of: Callable[..., GenerationRequest]) -> None:
-        """Create a file when its button is pressed, show what to do with it, and let the browser download it.
+        """Create a file when a button is pressed, show what to do with it, and let the browser download it.
 
         Args:
-            inputs: the values that `request_of` makes a request of, beginning with the run and the step.
+            inputs: the values that `request_of` makes a request of, beginning with the run, the step and the prompt.
         """
-        on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
-        outputs = [self.file, self.card, self.workflow, self.code]
-        for button, is_merged in ((self.download, False), (self.merge, True)):
-            save, inputs_of = self._handler(is_merged, request_of), [self.layout, *inputs]
-            created = button.click(save, inputs_of, outputs, show_progress_on=[button], **on_device)
-            created.success(None, js=SAVE, api_visibility="private")
+        self.request_of = request_of
+        triggers, outputs = [self.download.click, self.merge.click], [self.file, self.card, self.workflow, self.code]
+        on_device = {"concurrency_limit": 1, "concurrency_id": "files", "api_visibility": "private"}
+        created = gr.on(triggers, self._save, [self.layout, *inputs], outputs, show_progress_on=[self.download], **on_device)
+        created.success(None, js=SAVE, api_visibility="private")
 
-    def _handler(self, is_merged: bool, request_of: Callable[..., GenerationRequest]) -> Callable[..., list[Any]]:
-        def save(request: gr.Request, layout: Layout, run_id: str, step: int, prompt: str, *values: Any) -> list[Any]:
-            workspace = self.context.settings.workspace(request)
-            view = RunView(workspace.run(run_id))
-            wanted = request_of(workspace, run_id, step, (prompt or "").strip() or view.prompt, *values)
-            stem = file_stem(title_of(view.record.path, view.options, view.task), step)
-            with tempfile.TemporaryDirectory() as folder:
-                path = _created(
-                    workspace,
-                    wanted,
-                    layout,
-                    is_merged,
-                    Path(folder) / file_name(f"{stem}-merged" if is_merged else stem, layout),
-                )
-                used = wanted.adapters[0].model_copy(update={"scale": 1.0} if is_merged else {})
-                one = wanted.model_copy(update={"adapters": (used,)})
-                return [gr.DownloadButton(value=_cached(path)), *_card(view, one, layout, path, Path(folder))]
-
-        return save
-
-
-def _created(workspace: Workspace, wanted: GenerationRequest, layout: Layout, is_merged: bool, path: Path) -> Path:
-    """The file for a download at `path`, of the request's first adapter or of all of them merged."""
-    if not is_merged:
-        return WORKER.call("adapter_file", workspace, wanted.adapters[0], layout, path)
-    if layout not in LORA_LAYOUTS:
-        names = " or ".join(repr(LAYOUTS[each][0]) for each in LORA_LAYOUTS)
-        raise InputError(f"Merged adapters are a LoRA file, got the format {LAYOUTS[layout][0]!r}. Choose {names}.")
-    return WORKER.call("merge", wanted, layout, path)
+    def _save(
+        self, event: gr.EventData, request: gr.Request, layout: Layout, run_id: str, step: int, prompt: str, *values: Any
+    ) -> list[Any]:
+        workspace, is_merged = self.context.settings.workspace(request), event.target._id == self.merge._id
+        view = RunView(workspace.run(run_id))
+        wanted = self.request_of(workspace, run_id, step, (prompt or "").strip() or view.prompt, *values)
+        stem = f"{view.file_stem(step)}{'-merged' * is_merged}"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / file_name(stem, layout)
+            if not is_merged:
+                WORKER.call("adapter_file", workspace, wanted.adapters[0], layout, path)
+            elif layout in LORA_LAYOUTS:
+                WORKER.call("merge", wanted, layout, path)
+            else:
+                names = " or ".join(repr(LAYOUTS[each][0]) for each in LORA_LAYOUTS)
+                raise InputError(f"Merged adapters are a LoRA file, got the format {LAYOUTS[layout][0]!r}. Choose {names}.")
+            used = wanted.adapters[0].model_copy(update={"scale": 1.0} if is_merged else {})
+            return [
+                gr.DownloadButton(value=_cached(path)),
+                *_card(view, wanted.model_copy(update={"adapters": (used,)}), layout, path),
+            ]
 
 
-def _card(view: RunView, wanted: GenerationRequest, layout: Layout, path: Path, folder: Path) -> list[Any]:
+def _card(view: RunView, wanted: GenerationRequest, layout: Layout, path: Path) -> list[Any]:
     """Updates of the card, the workflow and the code for a downloaded file."""
-    is_demo, is_native, weight = _is_demo(view), layout not in LORA_LAYOUTS, f"{wanted.adapters[0].scale:g}"
-    instructions = {} if is_demo else INSTRUCTIONS[layout]
-    rows = [(program, text.format(name=path.stem, weight=weight)) for program, text in instructions.items()]
-    card = use.card(path.name, rows, trigger_of(view), weight, [DEMO] if is_demo else [])
+    demo, is_native = DEMO * _is_demo(view), layout not in LORA_LAYOUTS
+    card = use.card(path.name, layout, default_title(view.options, view.task), f"{wanted.adapters[0].scale:g}", demo)
     workflow = gr.DownloadButton(visible=False)
-    if layout == "kohya" and not is_demo:
-        saved = folder / f"{path.stem}-comfyui.json"
+    if layout == "kohya" and not demo:
+        saved = path.with_name(f"{path.stem}-comfyui.json")
         saved.write_text(json.dumps(comfyui_workflow(wanted, path.name), indent=2), encoding="utf-8")
         workflow = gr.DownloadButton(value=_cached(saved), visible=True)
     code = python_code(wanted, path.stem if is_native else path.name, is_native)
@@ -255,11 +199,6 @@ def warnings_of(view: RunView) -> list[str]:
     approximate = f"LoRA files of this adapter are an approximation: about {share or 0:.0%} of the weight change was left out."
     notes = [DEMO if _is_demo(view) else None, approximate if share else None, method.export_note, method.scale_note]
     return [" ".join(note.split()) for note in notes if note is not None]
-
-
-def trigger_of(view: RunView) -> str:
-    """The words of the prompt that stand for the run's subject; they contain user input."""
-    return default_title(view.options, view.task)
 
 
 def file_name(stem: str, layout: Layout) -> str:
