@@ -33,7 +33,7 @@ element.addEventListener('keydown', event => {
 });
 element.addEventListener('click', event => {
   const button = event.target.closest('button');
-  if (button) trigger('click', {action: button.dataset.action, file: find('.crop').dataset.file, x, y, side});
+  if (button) trigger('click', {action: button.dataset.action, files: [find('.crop').dataset.file], x, y, side});
 });
 watch('value', () => {
   if (!find('.crop')) return;

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +71,11 @@ class ImageGroup:
     images: list[DatasetImage] = field(default_factory=list)
     next: int = 1
 
+    def next_file(self, suffix: str) -> str:
+        """The file of the next image; the number is used up."""
+        number, self.next = self.next, self.next + 1
+        return (Path(self.folder) / f"{number:04d}{suffix}").as_posix()
+
 
 @dataclass
 class DatasetContent:
@@ -118,11 +122,7 @@ CONTENT = TypeAdapter(DatasetContent)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset on disk.
-
-    Args:
-        folder: its folder.
-    """
+    """A dataset on disk, in the folder `folder`."""
 
     folder: Path
 
@@ -172,30 +172,31 @@ class Dataset:
             if content.is_sealed:
                 raise InputError("A run was started with these photos. Reload the page; changes then go to a copy.")
             yield content
-            if content.classes:
-                _write_split(self.folder, content.classes)
-            write_text_atomically(self.folder / SET, CONTENT.dump_json(content, indent=1).decode())
+            self._write(content)
+
+    def _write(self, content: DatasetContent) -> None:
+        if content.classes:
+            _write_split(self.folder, content.classes)
+        write_text_atomically(self.folder / SET, CONTENT.dump_json(content, indent=1).decode())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock of all datasets beside this one: they belong to one user and share one quota."""
-        if not self.folder.is_dir():
-            raise InputError(GONE)
-        with FileLock(self.folder.parent / LOCK):
-            if not self.folder.is_dir():
-                raise InputError(GONE)
-            yield
+        if self.folder.parent.is_dir():
+            with FileLock(self.folder.parent / LOCK):
+                if self.folder.is_dir():
+                    yield
+                    return
+        raise InputError(GONE)
 
     def editable(self, workspace: Workspace) -> Dataset:
         """This dataset of photos, or a copy if it must not be changed."""
-        if not self.content().is_sealed:
+        content = self.content()
+        if not content.is_sealed:
             return self
-        copy, images = Dataset(workspace.new_image_set()), self.photos()
-        with copy.change() as content:
-            for image in images:
-                for path in _with_caption(self.folder / image.file):
-                    shutil.copy2(path, copy.folder / path.name)
-            content.photos = ImageGroup(images=images, next=1 + max((int(Path(one.file).stem) for one in images), default=0))
+        copy = Dataset(workspace.new_image_set())
+        shutil.copytree(self.folder, copy.folder, dirs_exist_ok=True)
+        copy._write(replace(content, is_sealed=False))
         return copy
 
     def seal(self) -> None:
@@ -205,7 +206,8 @@ class Dataset:
         with self.change() as content:
             files = [image.file for image in content.photos.images]
             if files != sorted(files):
-                _rename_in_order(self.folder, content.photos.images)
+                for image in content.photos.images:
+                    image.file = self._renamed(image.file, content.photos)
             content.is_sealed = True
 
     def move(self, file: str, by: int) -> None:
@@ -229,9 +231,7 @@ class Dataset:
 
         Raises: InputError if the image does not exist or the caption is too long.
         """
-        caption = " ".join(caption.split())
-        if len(caption) > CAPTION_LENGTH:
-            raise InputError(f"A caption may have at most {CAPTION_LENGTH} characters, got {len(caption)}. Shorten it.")
+        caption = caption_line(caption)
         with self.change() as content:
             content.find(file)[1].caption = caption
             path = (self.folder / file).with_suffix(".txt")
@@ -279,17 +279,28 @@ class Dataset:
             (source, image), target = content.find(file), content.class_in(folder)
             if source is target:
                 return file
-            moved = self.next_path(target, Path(file).suffix)
-            for path in _with_caption(self.folder / file):
-                path.replace(moved.with_suffix(path.suffix))
             source.images.remove(image)
-            target.images.append(replace(image, file=moved.relative_to(self.folder).as_posix()))
-            return target.images[-1].file
+            image.file = self._renamed(file, target)
+            target.images.append(image)
+            return image.file
 
-    def next_path(self, group: ImageGroup, suffix: str) -> Path:
-        """The path of the next image of `group`, whose counter is increased."""
-        number, group.next = group.next, group.next + 1
-        return self.folder / group.folder / f"{number:04d}{suffix}"
+    def store(self, group: ImageGroup, image: DatasetImage, content: bytes, suffix: str) -> DatasetImage:
+        """Write a new image and its caption under the next name of `group`; the caller adds it to the images of `group`."""
+        image.file = group.next_file(suffix)
+        path = self.folder / image.file
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_bytes(content)
+        temporary.replace(path)
+        if image.caption:
+            write_text_atomically(path.with_suffix(".txt"), image.caption)
+        return image
+
+    def _renamed(self, file: str, group: ImageGroup) -> str:
+        """The next name of `group`, which an image and its caption get."""
+        renamed = group.next_file(Path(file).suffix)
+        for path in _with_caption(self.folder / file):
+            path.replace((self.folder / renamed).with_suffix(path.suffix))
+        return renamed
 
     def delete(self) -> None:
         """Delete the dataset with all its images. Raises: InputError if it is gone."""
@@ -311,8 +322,8 @@ def _upgraded(folder: Path, stored: dict[str, Any]) -> dict[str, Any]:
     pointer = _read(folder / POINTER)
 
     def group(entry: dict[str, Any]) -> dict[str, Any]:
-        images = [{**image, "part": parts.get(image["file"], "")} for image in entry.get("images", entry.get("pictures", ()))]
-        return {"folder": entry.get("folder", ""), "name": entry.get("name", ""), "images": images, "next": entry.get("next", 1)}
+        images = entry.get("images", entry.get("pictures", ()))
+        return {**entry, "images": [{**image, "part": parts.get(image["file"], "")} for image in images]}
 
     return {
         "photos": group(stored),
@@ -322,16 +333,6 @@ def _upgraded(folder: Path, stored: dict[str, Any]) -> dict[str, Any]:
         "local_folder": pointer.get("path"),
         "class_names": pointer.get("names", {}),
     }
-
-
-def _rename_in_order(folder: Path, images: list[DatasetImage]) -> None:
-    for image in images:
-        for path in _with_caption(folder / image.file):
-            os.replace(path, path.with_name(f".{path.name}"))
-    for number, image in enumerate(images, start=1):
-        hidden, image.file = folder / f".{image.file}", f"{number:04d}{Path(image.file).suffix}"
-        for path in _with_caption(hidden):
-            os.replace(path, (folder / image.file).with_suffix(path.suffix))
 
 
 def _with_caption(path: Path) -> list[Path]:
@@ -356,6 +357,14 @@ def _write_split(folder: Path, classes: Sequence[ImageGroup]) -> None:
 def num_test_images(count: int) -> int:
     """The number of test images of a class with `count` images."""
     return max(1, round(TEST_SHARE * count))
+
+
+def caption_line(caption: str) -> str:
+    """`caption` as one line. Raises: InputError if it is too long."""
+    caption = " ".join(caption.split())
+    if len(caption) > CAPTION_LENGTH:
+        raise InputError(f"A caption may have at most {CAPTION_LENGTH} characters, got {len(caption)}. Shorten it.")
+    return caption
 
 
 def _class_name(name: str) -> str:

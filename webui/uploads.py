@@ -7,13 +7,12 @@ have the same meaning. An unusable file is refused with a reason; the other file
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -23,12 +22,13 @@ from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipLimits, read_zip
 from pipelines.fewshot.class_zips import read_class_zip
 from pipelines.fewshot.sources import DatasetSource
-from pipelines.subject.caption_files import Captions, read_captions
+from pipelines.image_formats import UPLOAD_SUFFIXES
+from pipelines.subject.caption_files import read_captions
 from pipelines.subject.folder_entries import FolderAccount, listed
-from pipelines.subject.folder_names import CLASS_PROMPT, is_system_name, stem_of, suffix_of
-from pipelines.subject.folder_scan import scan_folder
+from pipelines.subject.folder_names import CLASS_PROMPT, stem_of, suffix_of
+from pipelines.subject.folder_scan import FolderScan, scan_folder
 from pipelines.untrusted_images import UploadedImage, encoded, reencode
-from webui.datasets import SET, Dataset, DatasetImage, ImageGroup, printable_name
+from webui.datasets import SET, Dataset, DatasetImage, caption_line, printable_name
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
@@ -42,9 +42,9 @@ BATCH = 8
 MAX_ADAPTER_BYTES = 512 * 2**20
 # The leading dot keeps it from being the id of a dataset.
 ADAPTERS = ".adapters"
-# Files of these kinds are reported with the scan's reason; all others with the upload's.
+# Files of these kinds are reported by the scan, if at all; all others by the upload.
 NAMED_BY_SCAN = frozenset(
-    {"mask", "condition", "caption_without_image", "foreign_caption", "other_caption", "same_caption", "latents_cache"}
+    {"mask", "condition", "caption_without_image", "foreign_caption", "other_caption", "same_caption", "latents_cache", "system"}
 )
 # Of a crop, in pixels, and in shares of the shorter side, since the browser rounds.
 MIN_CROP, CROP_TOLERANCE = 64, 0.01
@@ -92,7 +92,11 @@ def display_name(path: str | Path) -> str:
 
 
 def add_images(
-    dataset: Dataset, files: Sequence[str | Path | DatasetSource], class_folder: str | None = None, part: str = ""
+    dataset: Dataset,
+    files: Sequence[str | Path | DatasetSource],
+    class_folder: str | None = None,
+    part: str = "",
+    captions: Mapping[Path, str] | None = None,
 ) -> Added:
     """Add images to a dataset. Unusable files are refused; the others are added.
 
@@ -100,11 +104,12 @@ def add_images(
         files: uploaded files, or images of another dataset.
         class_folder: the folder of the class that they are added to; None for photos of a subject.
         part: "train" or "test"; by default, new images fill up the test share of the class.
+        captions: of some of the files.
     Raises: InputError if the dataset or the class is gone.
     """
-    added = Added()
-    sources = [Path(file) if isinstance(file, str) else file for file in files]
-    _add(dataset, ((display_name(file.name), file) for file in sources), class_folder, part, added)
+    sources, captions, added = [Path(file) if isinstance(file, str) else file for file in files], captions or {}, Added()
+    new = [(file, DatasetImage("", display_name(file.name), captions.get(file, ""), part)) for file in sources]
+    _add(dataset, new, class_folder, added)
     added.summarise()
     return added
 
@@ -122,48 +127,40 @@ def add_zip(dataset: Dataset, file: str | Path) -> Added:
     added = Added(refused=content.refused, notes=content.notes)
     for (name, part), members in content.groups.items():
         group = "" if part is None else "test" if part == "test" else "train"
-        if not _add(dataset, ((entry.name, entry) for entry in members), dataset.add_class(name), group, added):
+        new = [(entry, DatasetImage("", display_name(entry.name), part=group)) for entry in members]
+        if not _add(dataset, new, dataset.add_class(name), added):
             break
     added.summarise()
     return added
 
 
 def _add(
-    dataset: Dataset, named: Iterable[tuple[str, Path | DatasetSource]], class_folder: str | None, part: str, added: Added
+    dataset: Dataset, new: Sequence[tuple[Path | DatasetSource, DatasetImage]], class_folder: str | None, added: Added
 ) -> bool:
     """Write images to a dataset in batches, between which the lock is released; returns whether the quota sufficed."""
-    images = _readable(named, added)
+    images = _readable(new, added)
     while batch := list(islice(images, BATCH)):
         with dataset.change() as content:
             group = content.photos if class_folder is None else content.class_in(class_folder)
             try:
-                check_quota(dataset.folder.parent, len(batch), sum(len(image.content) for _, image in batch))
+                check_quota(dataset.folder.parent, len(batch), sum(len(image.content) for image, _ in batch))
             except FullError as error:
                 added.refused.append(str(error))
                 return False
-            for name, image in batch:
-                entry = DatasetImage("", display_name(name), part=part)
-                added.names.append(store(dataset, group, image, entry, len(group.images)))
+            for image, entry in batch:
+                group.images.append(dataset.store(group, entry, image.content, image.suffix))
+                added.names.append(entry.file)
                 added.notes += image.notes
     return True
 
 
-def store(dataset: Dataset, group: ImageGroup, image: UploadedImage, entry: DatasetImage, position: int) -> str:
-    """Write an image under the next name of its group; returns the name."""
-    path = dataset.next_path(group, image.suffix)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(image.content)
-    os.replace(temporary, path)
-    entry.file = path.relative_to(dataset.folder).as_posix()
-    group.images.insert(position, entry)
-    return entry.file
-
-
-def _readable(named: Iterable[tuple[str, Path | DatasetSource]], added: Added) -> Iterator[tuple[str, UploadedImage]]:
-    """The usable images with their names; adds the reasons for the others to `added.refused`."""
-    for name, file in named:
+def _readable(
+    new: Sequence[tuple[Path | DatasetSource, DatasetImage]], added: Added
+) -> Iterator[tuple[UploadedImage, DatasetImage]]:
+    """The usable images; adds the reasons for the others to `added.refused`."""
+    for file, entry in new:
         try:
-            yield name, reencode(file, name)
+            yield reencode(file, entry.name if isinstance(file, Path) else file.name), entry
         except InputError as error:
             added.refused.append(str(error))
 
@@ -177,43 +174,6 @@ def check_quota(sets: Path, images: int, size: int) -> None:
         raise FullError(f"The limit is {MAX_IMAGES:,} images per user. Delete a dataset that you no longer need.")
     if sum(held) + size > MAX_USER_BYTES:
         raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. Delete a dataset that you no longer need.")
-
-
-@dataclass
-class _Layout:
-    """Uploaded files in a temporary folder, under the names that the user gave them.
-
-    Args:
-        folder: the temporary folder.
-        files: the uploaded files in it.
-        present: the images that are already in the dataset, to which captions may belong, and their file names there.
-    """
-
-    folder: Path
-    files: list[Path] = field(default_factory=list)
-    present: dict[Path, str] = field(default_factory=dict)
-
-    def link(self, name: str, target: Path) -> Path:
-        """Link `target` as `name`, with a number if the name is taken; returns the link."""
-        path, number = self.folder / name, 1
-        while path.is_symlink():
-            number += 1
-            path = self.folder / f"{stem_of(name)} ({number}){suffix_of(name)}"
-        path.symlink_to(target.resolve())
-        return path
-
-    def unpack(self, file: Path) -> None:
-        """Unpack a zip into the folder. Raises: InputError as `read_zip`; OSError if a file cannot be written."""
-        self.folder.mkdir()
-        for entry in read_zip(file, ZIP_LIMITS).files:
-            path = self.folder / entry.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(entry.content())
-            self.files.append(path)
-
-    def without_paths(self, sentence: str) -> str:
-        """`sentence` without the path of the temporary folder."""
-        return sentence.replace(f"{self.folder}/", "").replace(str(self.folder), self.folder.name)
 
 
 def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
@@ -231,6 +191,115 @@ def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
         added.extend(_add_zip(dataset, file))
     added.summarise()
     return added
+
+
+def _add_loose(dataset: Dataset, files: Sequence[Path]) -> Added:
+    """Add files as the photos and captions of one folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        new = [_link(folder, display_name(file), file) for file in files]
+        # Captions may also belong to these.
+        earlier = {_link(folder, image.name, dataset.folder / image.file): image.file for image in dataset.photos()}
+        try:
+            scan = scan_folder(folder)
+        except InputError:
+            return _add_by_content(dataset, new)
+        return _add_scanned(dataset, scan, folder, new, earlier)
+
+
+def _add_by_content(dataset: Dataset, files: Sequence[Path]) -> Added:
+    """Add files none of which has the name of an image; images are recognised by their content."""
+    texts = [path.name for path in files if suffix_of(path.name) in TEXT_SUFFIXES]
+    added = add_images(dataset, [path for path in files if path.name not in texts])
+    if texts:
+        added.refused.append(f"There is no photo for the captions in {listed(texts)}. Add photos first.")
+    return added
+
+
+def _link(folder: Path, name: str, target: Path) -> Path:
+    """Link `target` as `name`, with a number if it is taken; returns the link. An image is not hidden, unlike other files."""
+    name = name.lstrip(".") if suffix_of(name) in UPLOAD_SUFFIXES else name
+    path, number = folder / name, 1
+    while path.is_symlink():
+        number += 1
+        path = folder / f"{stem_of(name)} ({number}){suffix_of(name)}"
+    path.symlink_to(target.resolve())
+    return path
+
+
+def _add_zip(dataset: Dataset, file: Path) -> Added:
+    """Add the photos in a zip, which must be of one subject."""
+    name = display_name(file)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / (stem_of(name).strip(".") or "zip")
+        try:
+            files = _unpacked(file, folder)
+            scan = scan_folder(folder)
+        except InputError as error:
+            return Added(refused=[_without_paths(str(error), folder).replace(repr(str(file)), name)])
+        except OSError as error:
+            return Added(refused=[f"{name} cannot be unpacked ({error.strerror}). Pack the zip again."])
+        if len(scan.subjects) > 1:
+            names = listed([subject.name for subject in scan.subjects], limit=5)
+            return Added(refused=[f"{name} contains several subjects ({names}). Add the photos of one subject."])
+        return _add_scanned(dataset, scan, folder, files, {})
+
+
+def _unpacked(file: Path, folder: Path) -> list[Path]:
+    """The files of a zip, unpacked into a new folder. Raises: InputError as `read_zip`; OSError if one cannot be written."""
+    folder.mkdir()
+    members = read_zip(file, ZIP_LIMITS).files
+    for entry in members:
+        path = folder / entry.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(entry.content())
+    return [folder / entry.name for entry in members]
+
+
+def _add_scanned(dataset: Dataset, scan: FolderScan, folder: Path, files: Sequence[Path], earlier: Mapping[Path, str]) -> Added:
+    """Add the images in a folder with their captions, and report the files that are not used.
+
+    Args:
+        files: the uploaded files in the folder.
+        earlier: the photos in it that the dataset has already, with their files there.
+    """
+    captions, account, problems = _captions(scan)
+    images = {entry.path for entry in account.entries if entry.use in ("image", "unused") and entry.kind not in NAMED_BY_SCAN}
+    added = add_images(dataset, [path for path in files if path in images], captions=captions)
+    for path in captions.keys() & earlier.keys():
+        dataset.set_caption(earlier[path], captions[path])
+    notes = FolderAccount(folder, notes=account.notes).warnings()
+    added.refused += [_without_paths(sentence, folder) for sentence in [*_unused(account, folder), *problems]]
+    added.notes += [_without_paths(sentence, folder) for sentence in notes]
+    return added
+
+
+def _unused(account: FolderAccount, folder: Path) -> list[str]:
+    """Sentences on the files that the scan does not use and the upload does not report."""
+    entries = tuple(entry for entry in account.entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
+    has_prompt = any(entry.use == "class_prompt" for entry in account.entries)
+    left_out = [f"{CLASS_PROMPT} was left out. Enter the class word under Check instead."] if has_prompt else []
+    return FolderAccount(folder, entries).warnings() + left_out
+
+
+def _captions(scan: FolderScan) -> tuple[dict[Path, str], FolderAccount, list[str]]:
+    """The captions of a folder's images, the account of its files, and the reasons for captions that cannot be used."""
+    try:
+        read = read_captions(scan)
+    except InputError as error:
+        return {}, scan.account, [f"The captions were left out. {error}"]
+    captions, problems = {}, []
+    for path, caption in read.by_image.items():
+        try:
+            captions[path] = caption_line(caption.text)
+        except InputError as error:
+            problems.append(str(error))
+    return captions, read.account, problems
+
+
+def _without_paths(sentence: str, folder: Path) -> str:
+    """`sentence` without the path of a temporary folder."""
+    return sentence.replace(f"{folder}/", "").replace(str(folder), folder.name)
 
 
 def add_crop(dataset: Dataset, file: str, x: float, y: float, side: float) -> str:
@@ -254,96 +323,9 @@ def add_crop(dataset: Dataset, file: str, x: float, y: float, side: float) -> st
         crop = encoded(image.crop((left, top, min(left + extent, image.width), min(top + extent, image.height))))
         check_quota(dataset.folder.parent, 1, len(crop.content))
         name = PurePosixPath(entry.name)
-        copy = DatasetImage("", f"{name.stem} (crop){name.suffix}", entry.caption, entry.part)
-        added = store(dataset, group, crop, copy, group.images.index(entry) + 1)
-    if entry.caption:
-        dataset.set_caption(added, entry.caption)
-    return added
-
-
-def _add_loose(dataset: Dataset, files: Sequence[Path]) -> Added:
-    with tempfile.TemporaryDirectory() as temporary:
-        layout, rest = _Layout(Path(temporary)), []
-        for file in files:
-            name = display_name(file)
-            if is_system_name(name) or not file.is_file():
-                rest.append(file)
-            else:
-                layout.files.append(layout.link(name, file))
-        for image in dataset.photos():
-            if not is_system_name(image.name):
-                layout.present[layout.link(image.name, dataset.folder / image.file)] = image.file
-        added = _add_layout(dataset, layout)
-    added.extend(add_images(dataset, rest))
-    return added
-
-
-def _add_zip(dataset: Dataset, file: Path) -> Added:
-    """Add the photos in a zip, which must be of one subject."""
-    name = display_name(file)
-    with tempfile.TemporaryDirectory() as temporary:
-        layout = _Layout(Path(temporary) / (stem_of(name).strip(".") or "zip"))
-        try:
-            layout.unpack(file)
-            subjects = scan_folder(layout.folder).subjects
-        except InputError as error:
-            return Added(refused=[layout.without_paths(str(error)).replace(repr(str(file)), name)])
-        except OSError as error:
-            return Added(refused=[f"{name} cannot be unpacked ({error.strerror}). Pack the zip again."])
-        if len(subjects) > 1:
-            names = listed([subject.name for subject in subjects], limit=5)
-            return Added(refused=[f"{name} contains several subjects ({names}). Add the photos of one subject."])
-        return _add_layout(dataset, layout)
-
-
-def _add_layout(dataset: Dataset, layout: _Layout) -> Added:
-    """Add the images in the layout, then their captions, and report the files that are not used."""
-    try:
-        scan = scan_folder(layout.folder)
-    except InputError:
-        return _add_by_content(dataset, layout)
-    captions, problems = Captions({}, scan.account), []
-    try:
-        captions = read_captions(scan)
-    except InputError as error:
-        problems.append(f"The captions were left out. {error}")
-    entries = captions.account.entries
-    hidden = NAMED_BY_SCAN | {"system"}
-    images = {entry.path for entry in entries if entry.use in ("image", "unused") and entry.kind not in hidden}
-    added = add_images(dataset, [path for path in layout.files if path in images])
-    problems += _set_captions(dataset, layout, captions, added)
-    visible = tuple(entry for entry in entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
-    refused = [*FolderAccount(layout.folder, visible).warnings(), *problems]
-    if any(entry.use == "class_prompt" for entry in entries):
-        refused.append(f"{CLASS_PROMPT} was left out. Enter the class word under Check instead.")
-    notes = FolderAccount(layout.folder, notes=captions.account.notes).warnings()
-    added.extend(Added([], [*map(layout.without_paths, refused)], [*map(layout.without_paths, notes)]))
-    return added
-
-
-def _add_by_content(dataset: Dataset, layout: _Layout) -> Added:
-    """Add files none of which has the name of an image; the upload recognises images by their content."""
-    texts = [path for path in layout.files if suffix_of(path.name) in TEXT_SUFFIXES]
-    added = add_images(dataset, [path for path in layout.files if path not in texts])
-    if texts:
-        added.refused.append(f"There is no photo for the captions in {listed(texts, layout.folder)}. Add photos first.")
-    return added
-
-
-def _set_captions(dataset: Dataset, layout: _Layout, captions: Captions, added: Added) -> list[str]:
-    """Set the captions of new and earlier photos; returns the reasons for those that cannot be set."""
-    texts = {path: caption.text for path, caption in captions.by_image.items()}
-    by_name = {path.name: text for path, text in texts.items() if path in layout.files}
-    by_file = {image.file: by_name.get(image.name) for image in dataset.photos() if image.file in added.names}
-    by_file |= {file: texts.get(path) for path, file in layout.present.items()}
-    problems = []
-    for file, text in by_file.items():
-        try:
-            if text:
-                dataset.set_caption(file, text)
-        except InputError as error:
-            problems.append(str(error))
-    return problems
+        copy = replace(entry, name=f"{name.stem} (crop){name.suffix}")
+        group.images.insert(group.images.index(entry) + 1, dataset.store(group, copy, crop.content, crop.suffix))
+    return copy.file
 
 
 def add_adapter(workspace: Workspace, file: str | Path) -> tuple[Path, list[str]]:

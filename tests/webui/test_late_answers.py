@@ -1,5 +1,7 @@
 """Late responses do not replace the result of the user's last action."""
 
+from types import SimpleNamespace
+
 import gradio as gr
 import pytest
 from class_folders import COLOURS, colour_set
@@ -37,7 +39,8 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
     add_images(photos, [str(tmp_path / "mine.png")])
     example = Draft(previous_set=photos.id).to_browser()
     examine = listener(page, "photos", "examine")
-    own, *_, shown = listener(page, "photos", "change_to")(example, "own", None)
+    clicked = SimpleNamespace(action="own", files=[])
+    own, *_, shown = listener(page, "photos", "act")(example, clicked, None)
     # The example was selected and left again: the checks run with the old draft and the signature of the current photos.
     late, examined = examine(example, shown, shown, None)
     cards, examined = examine(own, shown, examined, None)

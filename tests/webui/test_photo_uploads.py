@@ -85,7 +85,7 @@ def test_unusable_files_are_reported_and_the_others_added(dataset, tmp_path):
         "no suffix": stored_image(2),
     }
     added = add_photos(dataset, [*dropped(tmp_path, files), tmp_path / "gone.png"])
-    assert set(captions(dataset)) == {"dog.png", ".hidden.png", "no suffix"}
+    assert set(captions(dataset)) == {"dog.png", "hidden.png", "no suffix"}
     words = " ".join(added.refused)
     for name in ("cat.txt", "letter.png", "tool.exe", "metadata.jsonl", "gone.png"):
         assert name in words

@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+from listeners import listener
 from PIL import Image, ImageFilter
 
 from pipelines.errors import InputError
@@ -14,10 +15,11 @@ from webui import tasks
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft
 from webui.inference_jobs import checked_images, long_prompts_of
+from webui.page import build_page
 from webui.render import escaped
 from webui.screens.photos import cards, first_screen
 from webui.uploads import add_crop, add_images
-from webui.workspace import Workspace
+from webui.workspace import Settings, Workspace
 
 
 @pytest.fixture
@@ -138,6 +140,17 @@ def test_a_card_shows_user_input_as_text(workspace, tmp_path):
     assert escaped(photos.photos()[0].name) in markup
 
 
+def test_photos_that_are_lost_are_replaced_by_the_example_and_forgotten(workspace, photos):
+    page = build_page(Settings(workspace.runs, workspace.sets))
+    draft = Draft(set=photos.id, previous_set=photos.id).to_browser()
+    assert "front.png" in listener(page, "photos", "show")(draft, [], None)[2]
+    photos.delete()
+    lost, _, example, *_ = listener(page, "photos", "show")(draft, [], None)
+    assert lost == photos.id
+    assert "00.jpg" in example
+    assert listener(page, "photos", "forget")(draft) == Draft().to_browser()
+
+
 def test_without_photos_the_page_says_what_to_do(workspace):
     assert "Drop three to ten photos" in cards(Dataset(workspace.new_image_set()), Draft())
 
@@ -177,6 +190,16 @@ def test_a_photo_unlike_the_others_is_reported_and_photos_of_one_subject_are_not
     assert unlike == [dataset.photos()[-1].file]
 
 
+def test_photos_of_different_subjects_are_reported(workspace, tmp_path):
+    mandelbrot = Image.effect_mandelbrot((256, 256), (-2, -1.5, 1, 1.5), 100)
+    for index, image in enumerate((sample_images()[0], mandelbrot, Image.effect_noise((256, 256), 80))):
+        image.save(tmp_path / f"{index}.png")
+    dataset = Dataset(workspace.new_image_set())
+    add_images(dataset, sorted(tmp_path.glob("*.png")))
+    (said,) = [sentence for sentence in checked_images(dataset).together if "unlike" in sentence]
+    assert said.startswith("Most images of your subject look unlike each other, as if they showed different things.")
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -199,7 +222,7 @@ def test_the_gpu_is_named_by_the_driver_and_a_driver_without_a_device_is_none(tm
 def test_the_first_screen_shows_cells_of_the_bundled_run_without_their_labels():
     images = first_screen()["images"]
     assert len(images) == 3
-    for address, *_ in images:
+    for address in images:
         with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as opened:
             pixels = np.asarray(opened.convert("L"), dtype=float)
         # The sheet's margins between the cells are plain white rows and columns.
