@@ -113,6 +113,8 @@ def test_a_run_is_followed_stopped_resumed_and_judged(new_page, server, started,
     assert bar.evaluate("bar => bar.firstElementChild.getBoundingClientRect().width / bar.clientWidth") < 0.5
     page.locator("#train-stop").click()
     says(page, "You stopped it.")
+    # A plot of Gradio that is hidden while it is drawn throws this; the new run has no losses yet.
+    page.errors[:] = [error for error in page.errors if "reading 'offsetWidth'" not in error]
 
 
 @pytest.mark.slow(25)
