@@ -98,6 +98,26 @@ def test_a_refused_file_does_not_block_the_others(tmp_path, dataset):
     assert [entry.name for entry in dataset.photos()] == ["0.png", "1.png"]
 
 
+def test_a_batch_in_which_the_server_is_killed_is_not_listed_and_can_be_added_again(tmp_path, dataset, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed_at_second(source, target):
+        if str(target).endswith("0002.png"):
+            raise Killed("at the second image")
+        replace(source, target)
+
+    files, replace = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(3)], os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_at_second)
+        with pytest.raises(Killed, match="at the second image"):
+            uploads.add_images(dataset, files)
+    assert dataset.photos() == []
+    uploads.add_images(dataset, files)
+    assert [(entry.file, entry.name) for entry in dataset.photos()] == [(f"000{n}.png", f"{n - 1}.png") for n in (1, 2, 3)]
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["0001.png", "0002.png", "0003.png", "set.json"]
+
+
 def test_a_truncated_image_is_refused(tmp_path, dataset):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = io.BytesIO()
