@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import getpass
 import hashlib
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
@@ -39,6 +41,8 @@ CACHE = ".cache"
 CACHE_SECONDS = 86400
 # Programs that call the API never close their sessions. The least recently used are forgotten, at about a megabyte each.
 MAX_SESSIONS = 300
+# Of glibc's malloc: blocks from this size on are returned to the system when they are freed (the number is that of malloc.h).
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**20
 # The ended runs of which the page hears, so that it can tell that one has ended.
 RECENT_RUNS = 20
 # Gradio's environment variables that are not overwritten: harmless, and without an option here.
@@ -105,6 +109,7 @@ def serve(settings: Settings, share: bool = False, in_browser: bool = False) -> 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    return_large_blocks()
     page = launched(settings, share, in_browser)
     logger.info("NoRA Vision is at %s (Ctrl-C stops it; training runs continue)", page.local_url)
     if page.share_url:
@@ -112,6 +117,12 @@ def serve(settings: Settings, share: bool = False, in_browser: bool = False) -> 
     stop.wait()
     page.close(verbose=False)
     return 0
+
+
+def return_large_blocks() -> None:
+    """Let glibc return the memory of decoded images to the system, of which it would keep about 60 MB in each thread."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 LAUNCH_OPTIONS = {
