@@ -3,6 +3,7 @@
 import json
 import re
 
+import pillow_heif
 import pytest
 from browsing import go_to, quiet, reload
 from PIL import Image, ImageFilter
@@ -179,6 +180,26 @@ def test_photos_are_pasted_captioned_cropped_and_removed_together(new_page, serv
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Remove all").click()
     expect(page.locator("#photos-empty")).to_be_visible(timeout=PATIENCE)
+
+
+@pytest.mark.slow(15)
+def test_a_folder_with_a_caption_and_a_heic_is_added(new_page, server, tmp_path):
+    pillow_heif.register_heif_opener()
+    folder = tmp_path / "my toy"
+    folder.mkdir()
+    first, second, *_ = sample_images()
+    first.save(folder / "front.png")
+    (folder / "front.txt").write_text("sks toy from the front")
+    (folder / ".DS_Store").write_bytes(bytes(8))
+    second.save(folder / "IMG_1.HEIC", "HEIF")
+    page = opened(new_page, server)
+    with page.expect_file_chooser() as chooser:
+        page.locator("#photos-folder").click()
+    chooser.value.set_files(folder)
+    expect(page.get_by_label("Caption of front.png")).to_have_value("sks toy from the front", timeout=PATIENCE)
+    expect(page.locator(".photo-card", has_text="IMG_1.HEIC")).to_be_visible()
+    expect(page.locator(".photo-card")).to_have_count(2)
+    expect(page.locator("#photos-message")).to_be_hidden()
 
 
 @pytest.mark.slow(23)
