@@ -125,7 +125,10 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
+# The label of a button of gr.File, which Gradio's own texts lack in every language: its key would be shown.
+TEXTS = gr.I18n(en={"common.upload": "Upload"})
 LAUNCH_OPTIONS = {
+    "i18n": TEXTS,
     "max_file_size": MAX_UPLOAD_BYTES,
     "prevent_thread_lock": True,
     "strict_cors": True,
