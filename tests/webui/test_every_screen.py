@@ -10,6 +10,7 @@ from webui.page import SCREENS
 from webui.workspace import Workspace
 
 SERIOUS = ("serious", "critical")
+OTHER_THEME = "document.body.classList.toggle('dark')"
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,10 @@ def server(app_server, tmp_path_factory):
     end_processes()
 
 
-def findings(page):
-    """What axe-core finds on the open screen."""
-    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+def findings(page, *rules):
+    """What axe-core finds on the open screen, of all rules or of some."""
+    options = {"resultTypes": ["violations"], **({"runOnly": rules} if rules else {})}
+    found = Axe().run(page, options=options).response["violations"]
     return [
         (rule["id"], node["html"], node["failureSummary"])
         for rule in found
@@ -48,5 +50,9 @@ def test_every_screen_fits_and_has_no_serious_finding_of_axe(server, new_page, s
         quiet(page)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), screen
         assert not findings(page), screen
+        # Only colours depend on the theme.
+        page.evaluate(OTHER_THEME)
+        assert not findings(page, "color-contrast"), f"{screen} in the other theme"
+        page.evaluate(OTHER_THEME)
     tabs = page.locator("#screens > .tab-wrapper [role=tab]")
     assert [tab.is_visible() for tab in tabs.all()] == [True] * len(SCREENS)

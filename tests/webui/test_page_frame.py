@@ -20,8 +20,9 @@ COUNT_FRAMES = """{
   window.frameCount = 0;
   window.requestAnimationFrame = (callback) => { window.frameCount += 1; return request(callback); };
   window.noted = [];
-  window.Notification = class { constructor(title, options) { window.noted.push(`${title} ${options.body}`); } };
-  window.Notification.permission = "granted";
+  window.Notification = class { constructor(title, options) { Object.assign(this, options, {title}); window.noted.push(this); } };
+  window.Notification.permission = "default";
+  window.Notification.requestPermission = async () => { window.Notification.permission = "granted"; };
 }"""
 RUNNING = "document.getAnimations().filter(each => each.playState === 'running').length"
 SECONDS = 8
@@ -50,6 +51,11 @@ def test_a_page_is_still_while_a_run_is_active_and_nothing_changes(server, new_p
     page.wait_for_selector("#screens", timeout=PATIENCE)
     expect(page.locator("#activity")).to_contain_text("40%", timeout=PATIENCE)
     assert page.title().startswith("40% sks toy")
+    # The permission to notify is asked for by a button, once.
+    page.locator("#activity button").click()
+    expect(page.locator("#activity button")).to_be_hidden()
+    # The checks of the example photos change the page when they are done.
+    expect(page.locator(".photo-card .chip.good").first).to_be_visible(timeout=PATIENCE)
     for screen in ("photos", "train", "runs"):
         go_to(page, screen)
         quiet(page)
@@ -69,7 +75,7 @@ def test_a_page_is_still_while_a_run_is_active_and_nothing_changes(server, new_p
     )
     expect(page.locator("#activity")).to_be_hidden(timeout=PATIENCE)
     assert page.title() == "NoRA Vision"
-    assert [note.startswith("sks toy: done") for note in page.evaluate("noted")] == [True]
+    assert page.evaluate("noted.map(note => [note.title, note.tag])") == [["sks toy: done", ACTIVE]]
     expect(page.locator("button.run", has_text="running")).to_have_count(0, timeout=PATIENCE)
 
 
