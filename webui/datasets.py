@@ -200,10 +200,17 @@ class Dataset:
         return copy
 
     def seal(self) -> None:
-        """Forbid further changes of photos, and rename the files so that a run reads them in the dataset's order."""
+        """Forbid further changes of photos, and rename the files so that a run reads them in the dataset's order.
+
+        A run reads the folder, so photos are deleted that a killed server had stored but not listed.
+        """
         if self.content().is_sealed:
             return
         with self.change() as content:
+            listed = {Path(image.file).stem for image in content.photos.images}
+            for path in self.folder.glob("[0-9]*.*"):
+                if path.stem not in listed:
+                    path.unlink()
             files = [image.file for image in content.photos.images]
             if files != sorted(files):
                 for image in content.photos.images:

@@ -113,9 +113,11 @@ def test_a_batch_in_which_the_server_is_killed_is_not_listed_and_can_be_added_ag
         with pytest.raises(Killed, match="at the second image"):
             uploads.add_images(dataset, files)
     assert dataset.photos() == []
-    uploads.add_images(dataset, files)
-    assert [(entry.file, entry.name) for entry in dataset.photos()] == [(f"000{n}.png", f"{n - 1}.png") for n in (1, 2, 3)]
-    assert sorted(path.name for path in dataset.folder.iterdir()) == ["0001.png", "0002.png", "0003.png", "set.json"]
+    uploads.add_images(dataset, files[1:])
+    assert [(entry.file, entry.name) for entry in dataset.photos()] == [("0001.png", "1.png"), ("0002.png", "2.png")]
+    (dataset.folder / "0003.jpg").write_bytes(b"of another batch that was not listed")
+    dataset.seal()
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["0001.png", "0002.png", "set.json"]
 
 
 def test_a_truncated_image_is_refused(tmp_path, dataset):
