@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
+from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -139,7 +140,7 @@ def _enlarged(path: Path, changed: int, side: int) -> tuple[str, int]:
             return in_cache(path), longest
         factor = -(-side // longest)
         large = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        return save_pil_to_cache(large, get_upload_folder(), format="png"), longest
+        return _image_in_cache(large, "png"), longest
 
 
 @lru_cache(maxsize=4096)
@@ -152,7 +153,15 @@ def _thumbnail(source: Path | DatasetSource, changed: int, side: int) -> tuple[s
         opened.draft(None, (2 * side, 2 * side))
         image = decode(opened).image
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return save_pil_to_cache(image, get_upload_folder(), format="webp" if longest > side else "png"), longest
+    return _image_in_cache(image, "webp" if longest > side else "png"), longest
+
+
+def _image_in_cache(image: Image.Image, suffix: str) -> str:
+    """The cached copy of a new image. Unlike `save_pil_to_cache`, it writes no file again that a browser may be loading."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"image.{suffix}"
+        image.save(path)
+        return in_cache(path)
 
 
 @dataclass(frozen=True)

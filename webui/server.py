@@ -125,8 +125,9 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
-# The label of a button of gr.File, which Gradio's own texts lack in every language: its key would be shown.
-TEXTS = gr.I18n(en={"common.upload": "Upload"})
+# Gradio's own texts lack the label of a button of gr.File, and what a screen reader says at the end of an event: instead of them,
+# it would be their keys.
+TEXTS = gr.I18n(en={"common.upload": "Upload", "common.complete": "Complete"})
 LAUNCH_OPTIONS = {
     "i18n": TEXTS,
     "max_file_size": MAX_UPLOAD_BYTES,

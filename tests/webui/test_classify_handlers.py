@@ -14,6 +14,7 @@ from webui import inference_jobs, launching
 from webui.datasets import Dataset
 from webui.labelled_datasets import point_to
 from webui.page import build_page
+from webui.screens.classify_result import ASK
 from webui.workspace import Settings
 
 DRAFT = {"set": None, "preset": "Fast", "options": {}}
@@ -108,10 +109,10 @@ def test_another_method_keeps_the_predictions_and_another_classifier_starts_with
     best, *_ = refresh(record.path.name, None, None, None)
     other, *shown = refresh(record.path.name, "trials/2-shots/seed-0/zeroshot", best, None)
     assert other[2] == "trials/2-shots/seed-0/zeroshot"
-    assert shown[-4:] == [gr.skip()] * 4
+    assert shown[-5:] == [gr.skip()] * 5
     changed, *shown = refresh(record.path.name, other[2], ("another run", "done", other[2]), None)
     assert changed == best
-    assert shown[-4:-1] == [None, [], ""]
+    assert shown[-5:-1] == [None, ASK, [], ""]
 
 
 def test_a_cell_opens_its_images_and_an_unknown_cell_is_refused(page, record):

@@ -54,11 +54,11 @@ def test_a_page_is_still_while_a_run_is_active_and_nothing_changes(server, new_p
     # The permission to notify is asked for by a button, once.
     page.locator("#activity button").click()
     expect(page.locator("#activity button")).to_be_hidden()
-    # The checks of the example photos change the page when they are done.
-    expect(page.locator(".photo-card .chip.good").first).to_be_visible(timeout=PATIENCE)
     for screen in ("photos", "train", "runs"):
         go_to(page, screen)
         quiet(page)
+        # The checks of the example photos, for which the worker loads a model, change the page when they are done.
+        page.locator("body:not([data-busy])").wait_for(timeout=PATIENCE)
         page.wait_for_timeout(2000)
         page.evaluate(COUNT)
         before = page.asked, page.evaluate("frameCount")

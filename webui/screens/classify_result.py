@@ -27,6 +27,8 @@ from webui.workspace import Workspace
 MOST_FILES, LIVE_TOP = 100, 5
 # The components that show a result.
 NUM_FIGURES = 6 + len(DOWNLOADS)
+# The components of the part Use that belong to one classifier: the image, its answer, and for many images the rows, their page and the table.
+NUM_USED = 5
 # The series of the reliability diagram.
 RELIABILITY = ("perfect calibration", "as trained", "after temperature scaling")
 ASK = parts.note("Drop, paste or photograph something: the answer appears here.")
@@ -86,11 +88,11 @@ class ClassifierParts:
         predicted = [rows, self.predictions, self.table]
         visible = [self.no_result, self.result, self.no_use, self.use]
         figures = [self.method, self.words, self.confusion, self.cell, self.details, self.reliability, *self.files_of_run]
-        outputs, always = [seen, *visible, *figures, self.live, *predicted], {"trigger_mode": "always_last"}
+        outputs, always = [seen, *visible, *figures, self.live, self.answer, *predicted], {"trigger_mode": "always_last"}
         # Loading the images starts the worker, so nothing is loaded before a part is opened.
         gr.on([self.opened.change, self.method.input], self.refresh, [*chosen, seen], outputs, **always, **QUIET)
         self.confusion.click(self.open_cell, chosen, [self.cell], **QUIET)
-        events, many = [self.live.change, self.method.input], {"trigger_mode": "multiple", **CLASSIFIER}
+        events, many = [self.live.input, self.live.clear, self.method.input], {"trigger_mode": "multiple", **CLASSIFIER}
         gr.on(events, self.classify_one, [*chosen, self.live], [self.answer], **many)
         events = [self.files.upload, self.files.clear, self.files.delete, self.method.input]
         gr.on(events, self.classify, [*chosen, self.files], predicted, show_progress="minimal", **CLASSIFIER)
@@ -105,11 +107,11 @@ class ClassifierParts:
         result = result_of(view.record, trial if is_same else None) if view else None
         now = (run_id, view and view.state, result and result.trial.folder)
         if now == before:
-            return [gr.skip()] * (1 + 4 + NUM_FIGURES + 4)
+            return [gr.skip()] * (1 + 4 + NUM_FIGURES + NUM_USED)
         empty = gr.HTML(result_html.pending(view), visible=result is None)
         visible = [empty, gr.Column(visible=result is not None)] * 2
         hidden = [gr.Dropdown(visible=False), *[gr.skip()] * (NUM_FIGURES - 1)]
-        unused = [gr.skip()] * 4 if is_same else [None, [], "", gr.DownloadButton(visible=False)]
+        unused = [gr.skip()] * NUM_USED if is_same else [None, ASK, [], "", gr.DownloadButton(visible=False)]
         return [now, *visible, *(result_updates(result) if result else hidden), *unused]
 
     def open_cell(self, run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> Markup:
