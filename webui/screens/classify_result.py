@@ -27,7 +27,7 @@ from webui.workspace import Workspace
 MOST_FILES, LIVE_TOP = 100, 5
 # The components that show a result.
 NUM_FIGURES = 6 + len(DOWNLOADS)
-# The components of the part Use that belong to one classifier: the image, its answer, and for many images the rows, their page and the table.
+# The components of the part Use that belong to one classifier: an image and its answer, the predictions for many and a table.
 NUM_USED = 5
 # The series of the reliability diagram.
 RELIABILITY = ("perfect calibration", "as trained", "after temperature scaling")
