@@ -100,8 +100,8 @@ def find_adapter(workspace: Workspace, reference: str, scale: Any = 1.0, blocks:
     """
     owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
     if owner == FILE:
-        found = next((each for each in uploads.adapters(workspace) if each[1].stem == part), None)
-        where = found and {"name": found[0], "path": found[1]}
+        uploaded = [{"name": name, "path": path} for name, path in uploads.adapters(workspace) if path.stem == part]
+        where = next(iter(uploaded), None)
     else:
         where = _of_run(RunView(workspace.run(owner)), part)
     if where is None:
