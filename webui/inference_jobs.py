@@ -122,7 +122,11 @@ def checked_images(images: Dataset) -> CheckedImages:
 
     Raises: InputError if no image can be used.
     """
-    return _checked_images(images, tuple(sorted(images.signature())))
+    try:
+        return _checked_images(images, tuple(sorted(images.signature())))
+    except FileNotFoundError:
+        # The user has removed an image meanwhile.
+        return _checked_images(images, tuple(sorted(images.signature())))
 
 
 @functools.lru_cache(maxsize=64)

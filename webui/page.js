@@ -101,7 +101,7 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
 
   function open(address) {
     if (address !== location.href) history.pushState(null, "", address);
-    click("open-address");
+    follow();
   }
 
   /* What the page selects by itself when it opens is no step back: its first screen, which comes before that of the address, and
@@ -115,10 +115,21 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     if (name === "tab") showsRun(false);
   }
 
-  window.addEventListener("popstate", () => click("open-address"));
+  window.addEventListener("popstate", follow);
   /* The address at which the page was opened may name no screen: it shows the first one. */
   function query() {
     return new URL(addressOf({ tab: new URLSearchParams(location.search).get("tab") ?? "photos" })).search;
+  }
+
+  /* The server selects the run. The tab is opened here, since its response may come after the user has opened another one. */
+  function showsTab() {
+    const tabs = [...document.querySelectorAll(`#screens > .tab-wrapper [data-tab-id="${CSS.escape(openScreen())}"]`)];
+    tabs.find((tab) => tab.checkVisibility() && tab.ariaSelected !== "true")?.click();
+  }
+
+  function follow() {
+    showsTab();
+    click("open-address");
   }
 
   /* The run that the open screen shows: Train has a list of its own. */
@@ -142,7 +153,7 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     }, ANSWER_MS);
   }
 
-  window.noraVision = { query, showsRun, refresh, selected, opened };
+  window.noraVision = { query, showsTab, showsRun, refresh, selected, opened };
 
   /* ---- Ctrl+Enter presses the main button of the screen ---- */
   document.addEventListener("keydown", (event) => {

@@ -117,25 +117,27 @@ def forget_closed_sessions(sessions: StateHolder) -> None:
     with sessions.lock:
         closed = [name for name, session in list(sessions.session_data.items()) if session.is_closed]
         for name in closed[:-MAX_CLOSED_SESSIONS]:
-            del sessions.session_data[name], sessions.time_last_used[name]
+            del sessions.session_data[name]
+            sessions.time_last_used.pop(name, None)
 
 
 def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
-    """Open the screen and select the run that the page's address names, and let page.js change the address."""
+    """Select the run that the page's address names, and let page.js open the screen that it names and change the address."""
     query = gr.Textbox(visible=False)
 
     def open_address(query: str, run_id: str | None, request: gr.Request) -> list[object]:
-        named = {name: values[-1] for name, values in parse_qs((query or "").removeprefix("?")).items()}
-        tab = named.get("tab")
+        named = parse_qs((query or "").removeprefix("?")).get("run", [None])
         workspace = context.settings.workspace(request)
-        run, *others = context.show(workspace, named.get("run"), tab if tab in SCREENS else None)
+        run, *others = context.show(workspace, named[-1])
         # A classifier leaves the subject run as it is, but a page that was just opened has none yet.
         return [context.show(workspace)[0] if run == gr.skip() and run_id is None else run, *others]
 
-    loaded = context.page.load(open_address, [query, context.run], context.outputs, js="() => [location.search, null]", **QUIET)
+    named = "() => { noraVision.showsTab(); return [noraVision.query(), null]; }"
+    loaded = context.page.load(open_address, [query, context.run], context.outputs, js=named, **QUIET)
     loaded.then(None, js="() => noraVision.opened()", **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")
-    button.click(open_address, [query, context.run], context.outputs, js="() => [noraVision.query(), null]", **QUIET)
+    last = {"js": "() => [noraVision.query(), null]", "trigger_mode": "always_last"}
+    button.click(open_address, [query, context.run], context.outputs, **last, **QUIET)
     for name, tab in opened.items():
         tab.select(None, js=f"() => noraVision.selected('{name}')", **QUIET)
     context.picker.change(None, js="() => noraVision.showsRun()", trigger_mode="multiple", **QUIET)

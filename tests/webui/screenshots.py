@@ -14,7 +14,7 @@ from webui.page import SCREENS
 
 PATIENCE = 900_000
 # The heights of the images, in pixels: each ends below a complete block.
-TALLEST = {"photos": 1400, "check": 1400, "train": 1400, "judge": 1560, "use": 1345, "runs": 1215, "classify": 1500}
+TALLEST = {"photos": 1500, "check": 1400, "train": 1400, "judge": 1560, "use": 1345, "runs": 1215, "classify": 1500}
 
 
 def opened(new_page, server, **how):

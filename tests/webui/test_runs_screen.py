@@ -180,7 +180,8 @@ def server(app_server):
     """A server with runs of several kinds."""
     server = app_server()
     set_title(finished_run(server.runs / "20260101-000001-first").path, "First duck")
-    other = with_options(finished_run(server.runs / "20260101-000002-other"), adapter={"method": "lora"})
+    fast = next(preset for preset in SUBJECT.presets if preset.name == "Fast").options(5)
+    other = with_options(finished_run(server.runs / "20260101-000002-other"), **fast, adapter={"method": "lora"})
     set_title(other.path, "Other duck")
     run_in(server.runs / "20260101-000003-cut", "interrupted", steps=40)
     (classifier(server.runs / "20260101-000004-digits").path / "report.json").unlink()
@@ -223,6 +224,11 @@ def test_a_run_is_selected_compared_and_deleted_after_a_confirmation(server, new
     page.wait_for_selector("#runs-confirm", state="hidden")
     assert (server.runs / "20260101-000003-cut").exists()
     page.click("#runs-delete")
+    page.wait_for_selector("#runs-delete-yes", state="visible")
+    # It looks like a button, a red one.
+    colour = page.locator("#runs-delete-yes").evaluate("button => getComputedStyle(button).backgroundColor")
+    red, green, blue = map(int, re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups())
+    assert red > 2 * (green + blue)
     page.click("#runs-delete-yes")
     card(page, "20260101-000003-cut").wait_for(state="detached")
     assert not (server.runs / "20260101-000003-cut").exists()
@@ -252,6 +258,10 @@ def test_two_runs_are_compared_and_a_duplicate_opens_check(server, new_page, scr
     page.wait_for_selector('button.run[data-run="20260101-000002-other"][aria-pressed="true"]')
     page.click("#runs-duplicate")
     page.wait_for_selector("#screen-check", state="visible")
+    expect(page.locator("#check-preset input:checked")).to_have_value("Fast", timeout=PATIENCE)
+    expect(page.locator("#check-plan")).to_contain_text("Fast · 1 setting changed", timeout=PATIENCE)
+    page.click("#check-command-shown > button")
+    expect(page.locator("#check-command")).to_contain_text("--max_train_steps 160", timeout=PATIENCE)
 
 
 def test_runs_fits_a_phone(server, new_page, screenshot):
