@@ -156,7 +156,7 @@ def test_samples_are_shown_newest_first_as_copies_in_the_cache(workspace, tmp_pa
     for step in (0, 20, 40):
         add_samples(run, step)
     made = contents(view(run))["samples"].make().value
-    places = [made.index(words) for words in ("After step 40", "After step 20", "Before training", "Your photos")]
+    places = [made.index(words) for words in ("After step 40", "After step 20", "Before training", "Training images")]
     assert places == sorted(places)
     assert made.count("<img") == 3 * len(PROMPTS) + 1
     assert str(run.path) not in made

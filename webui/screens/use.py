@@ -225,7 +225,9 @@ class _Use:
         # The bar is on the page itself; Gradio would fade it until the first step.
         running = gr.on(triggers, self.generate_images, inputs, outputs, **QUIET, **generation.AT_ONCE)
         running.failure(lambda: self._idle(""), None, buttons, **QUIET)
-        self.cancel.click(lambda: self._idle(CANCELLED), None, buttons, cancels=[running], **QUIET)
+        # After the cancelled event, whose failure empties the bar.
+        cancelled = self.cancel.click(None, cancels=[running], **QUIET)
+        cancelled.then(lambda: self._idle(CANCELLED), None, buttons, **QUIET)
         seed.input(lambda: SAME, None, seeding, **QUIET)
         changed = {self.context.run, self.context.chosen, *self._run_outputs(), *self.inputs[2:]}
         self.images.again.click(self.reuse, [self.images.selected, self.context.run], changed, **QUIET)
