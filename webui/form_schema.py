@@ -231,7 +231,7 @@ def _check_guest(workspace: Workspace, given: Mapping[str, Any]) -> None:
 def _check_own_images(workspace: Workspace, name: str, path: Path) -> None:
     if _is_bundled(path):
         return
-    if path.parent != workspace.sets.absolute() or workspace.image_set(path.name).absolute() != path:
+    if not workspace.is_image_set(path) or workspace.image_set(path.name).absolute() != path:
         raise InputError(f"{name} must be a dataset that you uploaded here. Upload the images and start again.")
 
 

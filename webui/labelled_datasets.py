@@ -233,7 +233,7 @@ def dataset_in(workspace: Workspace, folder: str | None) -> str | None:
         if folder == (None if path is None else str(path.absolute())):
             return name
     path = Path(folder)
-    if path.parent == workspace.sets.absolute():
+    if workspace.is_image_set(path):
         return path.name if (path / SET).is_file() else None
     ids = class_datasets(workspace)
     return next((one for one in ids if Dataset.of(workspace, one).content().local_folder == path), None)

@@ -61,7 +61,7 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     values, _ = validated(workspace, task, options)
     flags(task, values)
     photos = values.get("data", {}).get("instance_data_dir")
-    if photos is not None and Path(photos).parent == workspace.sets.absolute():
+    if photos is not None and workspace.is_image_set(photos):
         Dataset(Path(photos)).seal()
     path = workspace.new_run().absolute()
     words = command(task, values, path)

@@ -11,7 +11,8 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   /* ---- Runs: looked for by one small request; the open screen is refreshed only when something has changed ---- */
   let revision = null, states = new Map(), refreshed = 0, looked = 0, timer = null;
 
-  const openScreen = () => new URLSearchParams(query()).get("tab");
+  /* The address at which the page was opened may name no screen: it shows the first one. */
+  const openScreen = () => new URLSearchParams(location.search).get("tab") ?? "photos";
   const refresh = (screen = openScreen()) => click(`refresh-${screen}`);
 
   async function look() {
@@ -116,11 +117,6 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   }
 
   window.addEventListener("popstate", follow);
-  /* The address at which the page was opened may name no screen: it shows the first one. */
-  function query() {
-    return new URL(addressOf({ tab: new URLSearchParams(location.search).get("tab") ?? "photos" })).search;
-  }
-
   /* The server selects the run. The tab is opened here, since its response may come after the user has opened another one. */
   function showsTab() {
     const tabs = [...document.querySelectorAll(`#screens > .tab-wrapper [data-tab-id="${CSS.escape(openScreen())}"]`)];
@@ -153,7 +149,7 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     }, ANSWER_MS);
   }
 
-  window.noraVision = { query, showsTab, showsRun, refresh, selected, opened };
+  window.noraVision = { showsTab, showsRun, refresh, selected, opened };
 
   /* ---- Ctrl+Enter presses the main button of the screen ---- */
   document.addEventListener("keydown", (event) => {

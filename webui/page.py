@@ -132,11 +132,11 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
         # A classifier leaves the subject run as it is, but a page that was just opened has none yet.
         return [context.show(workspace)[0] if run == gr.skip() and run_id is None else run, *others]
 
-    named = "() => { noraVision.showsTab(); return [noraVision.query(), null]; }"
+    named = "() => { noraVision.showsTab(); return [location.search, null]; }"
     loaded = context.page.load(open_address, [query, context.run], context.outputs, js=named, **QUIET)
     loaded.then(None, js="() => noraVision.opened()", **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")
-    last = {"js": "() => [noraVision.query(), null]", "trigger_mode": "always_last"}
+    last = {"js": "() => [location.search, null]", "trigger_mode": "always_last"}
     button.click(open_address, [query, context.run], context.outputs, **last, **QUIET)
     for name, tab in opened.items():
         tab.select(None, js=f"() => noraVision.selected('{name}')", **QUIET)

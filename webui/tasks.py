@@ -165,7 +165,7 @@ class SubjectTask(Task):
 
     def set_of_folder(self, workspace: Workspace, folder: str | None) -> str | None:
         """The id of the photos in `folder`; None if they are not among the user's datasets."""
-        if folder is None or Path(folder).parent != workspace.sets.absolute():
+        if folder is None or not workspace.is_image_set(folder):
             return None
         try:
             return workspace.image_set(Path(folder).name).name

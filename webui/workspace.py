@@ -73,6 +73,10 @@ class Workspace:
             raise InputError("These images no longer exist. Add them again.")
         return path
 
+    def is_image_set(self, folder: str | Path) -> bool:
+        """Whether `folder`, an absolute path, is that of one of the user's datasets, which need not exist."""
+        return Path(folder).parent == self.sets.absolute()
+
     def new_run(self) -> Path:
         """An empty folder for a new run."""
         return _new(self.runs)
