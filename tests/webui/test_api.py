@@ -81,8 +81,9 @@ def classifier(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(client, started):
-    """The third run, stopped while it is queued."""
-    return client.predict(started[2], api_name="/stop"), client.predict(started[2], api_name="/status")
+    """The state of the third run before it was stopped in the queue, and its status once its process has begun and ended."""
+    before = client.predict(started[2], api_name="/stop")
+    return before, wait_for(lambda: has_ended(client, started[2]))
 
 
 def has_ended(client, run):
