@@ -142,10 +142,10 @@ class RunSnapshot:
         reported = self.status.state or "starting"
         if reported not in ACTIVE or process_of(self.status) is not None:
             return reported if reported in ACTIONS else "interrupted"
-        if self._begins:
-            return reported
         if run_requests.was_asked(self.record, run_requests.STOP):
             return "stopped"
+        if self._begins:
+            return reported
         return "failed" if reported == "starting" and last_error(self.record) else "interrupted"
 
     @property
@@ -161,7 +161,9 @@ class RunSnapshot:
 
     @property
     def actions(self) -> tuple[Action, ...]:
-        """The actions that its state allows."""
+        """The actions that its state allows; none until the process of a stopped run has begun, and ends itself."""
+        if self.state == "stopped" != self.status.state and self._begins:
+            return ()
         trains = self.task == "subject" and self.status.phase == TRAINING
         return tuple(each for each in ACTIONS[self.state] if trains or each not in run_requests.ASKED)
 
@@ -205,7 +207,7 @@ class RunSnapshot:
     def version(self) -> tuple[object, ...]:
         """Differs whenever its title or state has changed or its process has written something; a heartbeat changes nothing."""
         if not self.is_active:
-            return self.id, self.title, self.state
+            return self.id, self.title, self.state, self.actions
         path, samples = self.record.path, self.record.samples
         written = (path / METRICS, path / LOG, path / ADAPTERS, samples, *samples.glob(f"{STEP}*"))
         return self.id, self.title, self.state, replace(self.status, heartbeat=None), *map(revision, written)
