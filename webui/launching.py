@@ -38,7 +38,7 @@ from webui.runs import RunView
 from webui.workspace import Workspace
 
 RECIPES = {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}
-LAUNCHER = "accelerate"
+LAUNCHER = ("accelerate", "launch")
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
 REFUSALS: dict[str, str] = {
@@ -90,7 +90,7 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
     """
     # The working directory is the root of a checkout. An installed package has none.
     recipe = RECIPES[task] if IS_CHECKOUT else str(ROOT / RECIPES[task])
-    return [LAUNCHER, "launch", recipe, *flags(task, options), "--output_dir", str(output_dir)]
+    return [*LAUNCHER, recipe, *flags(task, options), "--output_dir", str(output_dir)]
 
 
 def resume(workspace: Workspace, run_id: str) -> None:
@@ -173,7 +173,7 @@ def _resuming(workspace: Workspace, view: RunView) -> list[str]:
     processes = view.status.processes or 1
     several = ["--num_processes", str(processes)] if processes > 1 else []
     options = ["--options_file", str(path / ResolvedOptions.NAME), "--output_dir", str(path)]
-    return [LAUNCHER, "launch", *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
+    return [*LAUNCHER, *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
 
 
 def _view_that_allows(record: RunRecord, action: str) -> RunView:
@@ -226,10 +226,8 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], from_terminal
 
 
 def _with_launcher(words: Sequence[str]) -> list[str]:
-    """The command with the launcher of this Python environment, regardless of PATH."""
-    script = Path(sys.executable).parent / LAUNCHER
-    launcher = [str(script)] if script.exists() else [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*launcher, *words[1 if script.exists() else 2 :]]
+    """The command with the launcher of this Python environment, regardless of PATH and of the working directory."""
+    return [sys.executable, "-P", "-m", "accelerate.commands.launch", *words[len(LAUNCHER) :]]
 
 
 def _end_all(process: psutil.Process) -> None:

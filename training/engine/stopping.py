@@ -42,7 +42,7 @@ def launcher() -> int | None:
     except psutil.Error:
         # It has ended, or belongs to another user.
         return None
-    return parent.pid if any("accelerate" in Path(word).name for word in words[:3]) else None
+    return parent.pid if any("accelerate" in Path(word).name for word in words[:4]) else None
 
 
 class StopRequests:
