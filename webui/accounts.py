@@ -7,11 +7,12 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from anyio import CapacityLimiter
 from argon2 import PasswordHasher, extract_parameters
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
 from fastapi import HTTPException
@@ -21,6 +22,7 @@ from limits.strategies import MovingWindowRateLimiter
 
 from pipelines.errors import InputError
 from pipelines.text_files import read_text, write_text_atomically
+from training.runs.snapshot import Revision, revision
 from webui.workspace import app_command
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
@@ -37,6 +39,7 @@ SESSION_SECONDS = 7 * 86400
 client_address: ContextVar[str] = ContextVar("client_address", default="")
 
 
+@dataclass(frozen=True)
 class Accounts:
     """The accounts file: a line `name:hash` per account, hashed by Argon2; read again when it changes.
 
@@ -44,11 +47,7 @@ class Accounts:
         path: the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._read: tuple[tuple[int, int], dict[str, str]] = ((0, 0), {})
-        # Checked for unknown names, so that they take as long as existing ones.
-        self._decoy = HASHER.hash(secrets.token_hex(16))
+    path: Path
 
     def check(self) -> None:
         """Raise InputError if the file is missing, malformed or empty."""
@@ -63,33 +62,32 @@ class Accounts:
 
         Raises: InputError naming a malformed line.
         """
-        try:
-            state = self.path.stat()
-        except FileNotFoundError:
-            return {}
-        if self._read[0] != (state.st_mtime_ns, state.st_size):
-            self._read = (state.st_mtime_ns, state.st_size), dict(self._lines())
-        return self._read[1]
+        changed = revision(self.path)
+        return {} if changed is None else _read(self.path, changed)
 
     def accepts(self, name: str, password: str) -> bool:
         """Whether `password` is the password of `name`. Takes as long for unknown names as for existing ones."""
-        stored = self.all().get(name)
+        accounts = self.all()
         try:
-            HASHER.verify(stored or self._decoy, password)
+            HASHER.verify(accounts.get(name, _decoy()), password)
         except VerifyMismatchError:
             return False
-        return stored is not None
+        return name in accounts
 
-    def _lines(self) -> Iterator[tuple[str, str]]:
-        for number, line in enumerate(read_text(self.path).splitlines(), 1):
-            name, _, stored = line.partition(":")
-            if line and not (NAME.fullmatch(name) and _is_hash(stored)):
-                raise InputError(
-                    f"Line {number} of {str(self.path)!r} is not a name and a password hashed by Argon2 (earlier versions used "
-                    f"scrypt). Delete the line and add the account again with --add_account."
-                )
-            if line:
-                yield name, stored
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed: Revision) -> dict[str, str]:
+    accounts = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        name, _, stored = line.partition(":")
+        if line and not (NAME.fullmatch(name) and _is_hash(stored)):
+            raise InputError(
+                f"Line {number} of {str(path)!r} is not a name and a password hashed by Argon2 (earlier versions used scrypt). "
+                "Delete the line and add the account again with --add_account."
+            )
+        if line:
+            accounts[name] = stored
+    return accounts
 
 
 def _is_hash(stored: str) -> bool:
@@ -98,6 +96,12 @@ def _is_hash(stored: str) -> bool:
     except InvalidHashError:
         return False
     return True
+
+
+@lru_cache(maxsize=1)
+def _decoy() -> str:
+    """A hash to check for unknown names, of no password that anybody knows."""
+    return HASHER.hash(secrets.token_hex(16))
 
 
 def add_account(path: Path, name: str, password: str) -> None:
@@ -125,7 +129,7 @@ class LoginGate:
     """The login check that Gradio calls, with a limit on the attempts per client and per name.
 
     An attempt counts as wrong until it succeeds, so that parallel attempts do not bypass the limit. Behind a tunnel or a proxy
-    all clients have one address and share one limit. Passwords are hashed in two threads of its own, so that guessing slows down
+    all clients have one address and share one limit. Two passwords are hashed at a time, in threads, so that guessing slows down
     neither the page nor a run. Beyond `MAX_WAITING` waiting attempts, further ones are refused.
 
     Args:
@@ -136,8 +140,7 @@ class LoginGate:
         self._accounts = accounts
         self._limit = RateLimitItemPerMinute(MAX_ATTEMPTS)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._threads = ThreadPoolExecutor(MAX_HASHING, thread_name_prefix="password")
-        self._waiting = 0
+        self._hashing = CapacityLimiter(MAX_HASHING)
 
     async def admits(self, name: str, password: str) -> bool:
         """Whether `password` is correct.
@@ -153,16 +156,12 @@ class LoginGate:
         if waits:
             wait = max(1.0, max(each.reset_time for each in waits) - time.time())
             raise _too_many(f"Too many wrong passwords. Wait {wait + 1:.0f} seconds and try again.", wait)
-        if self._waiting >= MAX_WAITING:
+        if self._hashing.statistics().tasks_waiting >= MAX_WAITING:
             raise _too_many("Too many people are signing in. Try again in a few seconds.", 5)
         for key in keys:
             self._limiter.hit(self._limit, *key)
-        self._waiting += 1
-        try:
-            loop = asyncio.get_running_loop()
-            is_right = await loop.run_in_executor(self._threads, self._accounts.accepts, account, password[: MAX_PASSWORD + 1])
-        finally:
-            self._waiting -= 1
+        async with self._hashing:
+            is_right = await asyncio.to_thread(self._accounts.accepts, account, password[: MAX_PASSWORD + 1])
         for key in keys if is_right else ():
             self._limiter.clear(self._limit, *key)
         return is_right
@@ -184,19 +183,17 @@ class Sessions(dict[str, str]):
         self._issued: dict[str, tuple[float, str]] = {}
 
     def __setitem__(self, token: str, name: str) -> None:
-        for ended in [each for each in self if self.get(each) is None]:
+        for ended in [each for each in self._issued if self.get(each) is None]:
             self.pop(ended, None)
-            self._issued.pop(ended, None)
+            del self._issued[ended]
         self._issued[token] = time.monotonic() + SESSION_SECONDS, self._accounts.all().get(name, "")
         super().__setitem__(token, name)
 
     def get(self, token: str | None, default: str | None = None) -> str | None:
         """The user of the session `token`; `default` if it has ended."""
-        name = super().get(token)
-        if name is None or token not in self._issued:
-            return default
-        until, stored = self._issued[token]
-        return name if time.monotonic() < until and self._accounts.all().get(name) == stored else default
+        name, (until, stored) = super().get(token), self._issued.get(token, (0.0, ""))
+        is_valid = name is not None and time.monotonic() < until and self._accounts.all().get(name) == stored
+        return name if is_valid else default
 
 
 def _too_many(sentence: str, wait: float) -> HTTPException:

@@ -7,7 +7,6 @@
 No `from __future__ import annotations` here: Gradio reads the annotations for the schema of the endpoints.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,19 +16,23 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from pipelines.errors import InputError
+from pipelines.subject.generation_request import GenerationRequest
 from training.options.values import Values, merged
 from webui import launching, uploads
 from webui.context import AppContext
 from webui.datasets import Dataset
+from webui.form_schema import checked
 from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
-from webui.tasks import TASKS, fitted
+from webui.tasks import fitted
 from webui.workspace import Settings, Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
 MAX_FILES = 500
+# The defaults of `generate`.
+DEFAULT = {name: field.default for name, field in GenerationRequest.model_fields.items()}
 
 
 def build_api(context: AppContext) -> None:
@@ -59,12 +62,8 @@ class Api:
                 for each class; empty for the bundled example.
         Returns: the run's id.
         """
-        if not isinstance(options, dict) or not all(isinstance(fields, dict) for fields in options.values()):
-            example = {"data": {"instance_prompt": "a photo of sks dog"}}
-            raise InputError(f"Options must be given by group and name, as in {json.dumps(example)}.")
-        if task not in TASKS:
-            raise InputError(f"The task must be one of {', '.join(TASKS)}, got {task!r}.")
         workspace, files = self.settings.workspace(request), _files(images)
+        checked(workspace, task, options)
         return launching.start(workspace, task, _with_images(workspace, task, options, files) if files else options)
 
     def status(self, run: str, request: gr.Request) -> dict:
@@ -99,12 +98,12 @@ class Api:
         run: str,
         prompt: str,
         request: gr.Request,
-        seed: int = 0,
+        seed: int = DEFAULT["seed"],
         scale: float = 1.0,
         step: int | None = None,
-        negative_prompt: str = "",
-        steps: int = 25,
-        guidance_scale: float = 4.0,
+        negative_prompt: str = DEFAULT["negative_prompt"],
+        steps: int = DEFAULT["steps"],
+        guidance_scale: float = DEFAULT["guidance_scale"],
         sampler: str | None = None,
         size: list[int] | None = None,
     ) -> dict:

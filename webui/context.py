@@ -5,8 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,24 +31,19 @@ class Page(gr.Blocks):
 
     async def call_function(self, *arguments: Any, **named: Any) -> dict[str, Any]:
         """The result of a function, or the next one of a generator, as in gr.Blocks."""
-        with _plain_errors():
+        try:
             return await super().call_function(*arguments, **named)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise gr.Error(html.escape(str(error), quote=False), title="That does not work yet", print_exception=False) from error
-    except gr.Error:
-        raise
-    except Exception as error:
-        # The browser must not see a traceback.
-        number = secrets.token_hex(3)
-        logger.exception("error %s", number)
-        sentence = f"Internal error {number}. Your runs and images are not affected. The server's log has the details."
-        raise gr.Error(sentence, title="Error", print_exception=False) from error
+        except InputError as error:
+            sentence, title = html.escape(str(error), quote=False), "That does not work yet"
+            raise gr.Error(sentence, title=title, print_exception=False) from error
+        except gr.Error:
+            raise
+        except Exception as error:
+            # The browser must not see a traceback.
+            number = secrets.token_hex(3)
+            logger.exception("error %s", number)
+            sentence = f"Internal error {number}. Your runs and images are not affected. The server's log has the details."
+            raise gr.Error(sentence, title="Error", print_exception=False) from error
 
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}

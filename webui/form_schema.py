@@ -148,9 +148,9 @@ def checked(workspace: Workspace, task: str, values: Mapping[str, Any]) -> Value
         raise InputError(
             f'The options must be a mapping by group and name, as in {{"data": {{"seeds": [0]}}}}, got {values!r:.100}.'
         )
-    result: Values = {}
+    result, by_group = {}, groups(task)
     for group, fields in with_current_names(values).items():
-        options = _known("The options have no group", group, groups(task))
+        options = _known("The options have no group", group, by_group)
         for name, value in fields.items():
             option = _known(f"The group {group!r} has no option", name, options)
             converted = _absolute(workspace, name, typed(option, value))

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -97,19 +98,20 @@ class Owners:
     def __init__(self) -> None:
         self._users: dict[str, set[str]] = {}
 
+    def of(self, handle: str) -> set[str]:
+        """The owners of `handle`; empty if it has none."""
+        return self._users.get(handle, set())
+
     def add(self, handle: str, user: str) -> None:
         """Add `user` to the owners of `handle`, which becomes the newest."""
         self._users[handle] = self._users.pop(handle, set()) | {user}
         if len(self._users) > MAX_TRACKED:
             del self._users[next(iter(self._users))]
 
-    def has(self, handle: str, user: str) -> bool:
-        """Whether `user` is one of the owners of `handle`."""
-        return user in self._users.get(handle, ())
-
-    def has_only_others(self, handle: str, user: str) -> bool:
-        """Whether `handle` has owners, and `user` is none of them."""
-        return handle in self._users and not self.has(handle, user)
+    def check(self, handles: Iterable[str], user: str, refusal: str) -> None:
+        """Raise HTTPException with `refusal` if one of the handles has owners, and `user` is none of them."""
+        if any(owners and user not in owners for owners in map(self.of, handles)):
+            raise HTTPException(403, f"{refusal} Reload the page.")
 
 
 class Guard:
@@ -135,39 +137,31 @@ class Guard:
         if scope["path"] == "/":
             send = _page(send, self._head.replace("{origin}", html.escape(str(request.base_url))), nonce)
         try:
-            receive, send = await self._checked(request, receive, send)
+            _check_path_and_site(request)
+            if self._settings.accounts is not None:
+                receive, send = await self._for_one_user(request, receive, send)
+            self._check_files(request)
         except HTTPException as refusal:
             return await JSONResponse({"detail": refusal.detail}, refusal.status_code)(scope, receive, send)
+        if scope["path"].startswith(UPLOAD):
+            receive = _refusing_cut_uploads(receive)
         client_address.set(request.client.host if request.client else "")
         await self._app(scope, receive, send)
 
-    async def _checked(self, request: HTTPConnection, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """The request's channels, with the handles in its response recorded for its user.
-
-        Raises: HTTPException with the reason and the remedy if the request is not allowed.
-        """
-        path = request.scope["path"]
-        _check_site(request)
-        if DISABLED_PATHS.fullmatch(path):
-            raise HTTPException(404, "Not found.")
-        if self._settings.accounts is not None:
-            receive, send = await self._for_one_user(request, receive, send)
-        if path.startswith(UPLOAD):
-            self._check_disk(request.headers.get("content-length", "0"))
-            receive = _refusing_cut_uploads(receive)
-        if path.startswith(FILE) and not self._is_cached(path):
-            raise HTTPException(403, "Only uploaded and generated files are served.")
-        return receive, send
-
-    def _check_disk(self, length: str) -> None:
-        if shutil.disk_usage(self._cache).free < FREE_BYTES + (int(length) if length.isdigit() else 0):
+    def _check_files(self, request: HTTPConnection) -> None:
+        """Refuse uploads that the disk has no room for, and files outside of the cache."""
+        path, length = request.scope["path"], request.headers.get("content-length", "")
+        needed = FREE_BYTES + (int(length) if length.isdigit() else 0)
+        if path.startswith(UPLOAD) and shutil.disk_usage(self._cache).free < needed:
             raise HTTPException(507, "The server's disk is nearly full. Delete runs or images that are no longer needed.")
-
-    def _is_cached(self, path: str) -> bool:
-        return Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache)
+        if path.startswith(FILE) and not Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache):
+            raise HTTPException(403, "Only uploaded and generated files are served.")
 
     async def _for_one_user(self, request: HTTPConnection, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """As `_checked`, when accounts are in use: the user must be signed in and own every handle and session in the request."""
+        """The request's channels, with the handles in its response recorded for its user.
+
+        Raises: HTTPException if the user is not signed in, or does not own every handle and session in the request.
+        """
         path, user = request.scope["path"], _user(request)
         if user is None:
             if PUBLIC_PATHS.fullmatch(path):
@@ -177,48 +171,38 @@ class Guard:
         named = f"{path}?{request.url.query}".encode()
         sessions = request.query_params.getlist("session_hash") + SESSION_IN_PATH.findall(path)
         if request.scope["method"] == "POST" and NAMES_SESSION.fullmatch(path):
-            body = await _body(receive)
+            body, receive = await _read(receive)
             named, sessions = named + body, sessions + _sessions_in(body)
-            receive = _replayed(body, receive)
-        self._check_handles(path, named, user)
-        self._bind(sessions, user)
-        return receive, self._recording(send, user) if ISSUES_HANDLES.fullmatch(path) else send
-
-    def _check_handles(self, path: str, named: bytes, user: str) -> None:
-        """Refuse a request for a file that `user` does not own, or that names a handle of another user."""
-        handles = {handle.decode() for handle in HANDLE.findall(named)}
-        if path.startswith(FILE) and not any(self._owners.has(handle, user) for handle in handles):
+        handles, sessions = _handles_in(named), [f"session {each}" for each in sessions]
+        if path.startswith(FILE) and not any(user in self._owners.of(handle) for handle in handles):
             raise HTTPException(403, "This file belongs to another user, or the server was restarted. Reload the page.")
-        if any(self._owners.has_only_others(handle, user) for handle in handles):
-            raise HTTPException(403, "This request names a file or an event of another user. Reload the page.")
-
-    def _bind(self, sessions: list[str], user: str) -> None:
-        """Bind each session to the first user who names it, and refuse other users."""
+        self._owners.check(handles, user, "This request names a file or an event of another user.")
+        self._owners.check(sessions, user, "This session belongs to another user.")
         for session in sessions:
-            if self._owners.has_only_others(f"session {session}", user):
-                raise HTTPException(403, "This session belongs to another user. Reload the page.")
-            self._owners.add(f"session {session}", user)
+            self._owners.add(session, user)
+        return receive, self._recording(send, user) if ISSUES_HANDLES.fullmatch(path) else send
 
     def _recording(self, send: Send, user: str) -> Send:
         """`send` that records `user` as an owner of the handles in the response."""
 
         async def sent(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                for handle in HANDLE.findall(message.get("body", b"")):
-                    self._owners.add(handle.decode(), user)
+            for handle in _handles_in(message.get("body", b"")):
+                self._owners.add(handle, user)
             await send(message)
 
         return sent
 
 
-def _check_site(request: HTTPConnection) -> None:
-    """Refuse requests from other websites, by the browser's Sec-Fetch-Site header, else by the Origin header."""
+def _check_path_and_site(request: HTTPConnection) -> None:
+    """Refuse disabled paths, and requests from other websites, by the browser's header Sec-Fetch-Site, else by Origin."""
     headers, scope = request.headers, request.scope
     is_opened = scope["path"] == "/" and scope["method"] in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     is_foreign = site not in ("same-origin", "none") if site else bool(origin) and urlsplit(origin).netloc != headers.get("host")
     if is_foreign and not is_opened:
         raise HTTPException(403, "This request came from another website. The app answers only requests from its own page.")
+    if DISABLED_PATHS.fullmatch(scope["path"]):
+        raise HTTPException(404, "Not found.")
 
 
 def _user(request: HTTPConnection) -> str | None:
@@ -228,25 +212,27 @@ def _user(request: HTTPConnection) -> str | None:
     return app.tokens.get(token)
 
 
-async def _body(receive: Receive) -> bytes:
-    content = b""
-    while True:
+def _handles_in(text: bytes) -> list[str]:
+    return [handle.decode() for handle in HANDLE.findall(text)]
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """The body of a request, and a channel that returns it once more.
+
+    Raises: HTTPException if it is larger than `MAX_BODY`.
+    """
+    content, more = b"", True
+    while more:
         message = await receive()
-        content += message.get("body", b"")
+        content, more = content + message.get("body", b""), message.get("more_body", False)
         if len(content) > MAX_BODY:
             raise HTTPException(413, f"The request is larger than {MAX_BODY >> 20} MB. Upload files instead of sending them.")
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return content
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` that returns `body`, which was read already, first."""
-    waiting = [body]
+    unread = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def again() -> Message:
-        return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
+        return unread.pop() if unread else await receive()
 
-    return again
+    return content, again
 
 
 def _refusing_cut_uploads(receive: Receive) -> Receive:
