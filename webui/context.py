@@ -96,9 +96,8 @@ class AppContext:
         self.tabs = gr.Tabs(elem_id="screens", overflow_behavior="wrap")
         # The settings of the next runs of both tasks, stored by the browser; never those of a run that was started. They are not
         # secret, and a key of this server process would lose them on a restart.
-        self.draft = gr.BrowserState(Draft().to_browser(), storage_key="nora-vision-draft", secret="nora-vision-draft")
-        names = {"storage_key": "nora-vision-classify", "secret": "nora-vision-classify"}
-        self.class_draft = gr.BrowserState(Draft().to_browser(), **names)
+        keys = ("nora-vision-draft", "nora-vision-classify")
+        self.draft, self.class_draft = (gr.BrowserState(Draft().to_browser(), storage_key=key, secret=key) for key in keys)
         # A copy of `draft` whose change event several screens listen to.
         self.draft_changed = followed(self.draft)
         # The id of the open screen.
@@ -124,10 +123,9 @@ class AppContext:
         opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
         selected = next((view for view in runs if view.id == run_id), None)
         if selected is not None:
-            is_classifier = selected.task == "classify"
-            return [gr.skip() if is_classifier else selected.id, selected.id if is_classifier else gr.skip(), selected.id, opened]
-        subjects = [view for view in runs if view.task == "subject"]
-        return [_default(subjects), gr.skip(), _default(runs), opened]
+            by_task = {"subject": gr.skip(), "classify": gr.skip(), selected.task: selected.id}
+            return [*by_task.values(), selected.id, opened]
+        return [_default([view for view in runs if view.task == "subject"]), gr.skip(), _default(runs), opened]
 
     def attach_refreshes(self, opened: Mapping[str, gr.Tab]) -> None:
         """Refresh the open screen when another run is selected; page.js does so when it opens and when a run has changed.

@@ -214,11 +214,13 @@ def _check_access(workspace: Workspace, values: Values) -> None:
 
 def _check_guest(workspace: Workspace, given: Mapping[str, Any]) -> None:
     """Raises: InputError for an option that guests may not set."""
-    for name in sorted(given.keys() & MACHINE_FIELDS):
-        if name in IMAGES:
-            _check_own_images(workspace, name, Path(given[name]))
-        elif name not in BASE_MODELS:
+    for name in sorted(given.keys() & (MACHINE_FIELDS - BASE_MODELS)):
+        if name not in IMAGES:
             raise InputError(f"{name} cannot be set on this server, because it refers to the server's machine. Leave it out.")
+        if not _is_bundled(given[name]):
+            if not workspace.is_image_set(given[name]):
+                raise InputError(f"{name} must be a dataset that you uploaded here. Upload the images and start again.")
+            workspace.image_set(Path(given[name]).name)
     named_model = given.get("pretrained_model_name_or_path")
     if named_model is None and not given.keys().isdisjoint({"model", "pretrained"}):
         # As the server's list of base models names a CLIP model and its weights.
@@ -226,13 +228,6 @@ def _check_guest(workspace: Workspace, given: Mapping[str, Any]) -> None:
     if named_model is not None and named_model not in workspace.base_models:
         offered = ", ".join(["the built-in model", *workspace.base_models])
         raise InputError(f"This server does not offer the base model {named_model!r:.100}. It offers {offered}.")
-
-
-def _check_own_images(workspace: Workspace, name: str, path: Path) -> None:
-    if _is_bundled(path):
-        return
-    if not workspace.is_image_set(path) or workspace.image_set(path.name).absolute() != path:
-        raise InputError(f"{name} must be a dataset that you uploaded here. Upload the images and start again.")
 
 
 def _is_bundled(path: str | Path) -> bool:

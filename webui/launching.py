@@ -100,7 +100,7 @@ def resume(workspace: Workspace, run_id: str) -> None:
     """
     record = workspace.run(run_id)
     with _locked(record):
-        view = _view_that_allows(record, "resume")
+        view = _checked_view(record, "resume")
         words = _resuming(workspace, view)
         run_requests.forget(record)
         _spawn(workspace, record.path.absolute(), words, from_terminal=view.launch.options is None)
@@ -111,10 +111,9 @@ def stop(workspace: Workspace, run_id: str) -> None:
 
     Raises: InputError if it is not active.
     """
-    record = workspace.run(run_id)
-    view = _view_that_allows(record, "stop")
-    run_requests.ask(record, run_requests.STOP)
-    process = record.process()
+    view = _checked_view(workspace.run(run_id), "stop")
+    run_requests.ask(view.record, run_requests.STOP)
+    process = view.record.process()
     with suppress(psutil.NoSuchProcess):
         if process is not None and view.state == "running":
             process.terminate()
@@ -129,9 +128,7 @@ def ask(workspace: Workspace, run_id: str, what: str) -> None:
     """
     if what not in run_requests.ASKED:
         raise InputError(f"The request must be one of {', '.join(run_requests.ASKED)}, got {what!r}.")
-    record = workspace.run(run_id)
-    _view_that_allows(record, what)
-    run_requests.ask(record, what)
+    run_requests.ask(_checked_view(workspace.run(run_id), what).record, what)
 
 
 def duplicate(workspace: Workspace, run_id: str) -> Values:
@@ -154,7 +151,7 @@ def delete(workspace: Workspace, run_id: str) -> None:
     """
     record = workspace.run(run_id)
     with _locked(record):
-        _view_that_allows(record, "delete")
+        _checked_view(record, "delete")
         # Renamed first, so that no other process sees a partly deleted run.
         record.path.rename(record.path.with_name(f"{DELETED}{record.path.name}-{secrets.token_hex(3)}"))
     for folder in workspace.runs.glob(f"{DELETED}*"):
@@ -176,7 +173,7 @@ def _resuming(workspace: Workspace, view: RunView) -> list[str]:
     return [*LAUNCHER, *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
 
 
-def _view_that_allows(record: RunRecord, action: str) -> RunView:
+def _checked_view(record: RunRecord, action: str) -> RunView:
     """The current view of the run.
 
     Raises: InputError if its state does not allow `action`.

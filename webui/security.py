@@ -173,14 +173,17 @@ class Guard:
         if request.scope["method"] == "POST" and NAMES_SESSION.fullmatch(path):
             body, receive = await _read(receive)
             named, sessions = named + body, sessions + _sessions_in(body)
-        handles, sessions = _handles_in(named), [f"session {each}" for each in sessions]
+        self._check_owner(path, _handles_in(named), [f"session {each}" for each in sessions], user)
+        return receive, self._recording(send, user) if ISSUES_HANDLES.fullmatch(path) else send
+
+    def _check_owner(self, path: str, handles: list[str], sessions: list[str], user: str) -> None:
+        """Refuse a request that names what is another user's. A session belongs to the first user who names it."""
         if path.startswith(FILE) and not any(user in self._owners.of(handle) for handle in handles):
             raise HTTPException(403, "This file belongs to another user, or the server was restarted. Reload the page.")
         self._owners.check(handles, user, "This request names a file or an event of another user.")
         self._owners.check(sessions, user, "This session belongs to another user.")
         for session in sessions:
             self._owners.add(session, user)
-        return receive, self._recording(send, user) if ISSUES_HANDLES.fullmatch(path) else send
 
     def _recording(self, send: Send, user: str) -> Send:
         """`send` that records `user` as an owner of the handles in the response."""
