@@ -151,6 +151,19 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
 
   window.noraVision = { showsTab, showsRun, refresh, selected, opened };
 
+  /* ---- Plots ----
+  Gradio draws a plot again whenever its size changes by much, and leaves the observers of its earlier drawings. So it would draw
+  the plots of a screen that is closed, at a width of 0, and again when it is opened; and of a plot that is removed, the second
+  observer looks for an element that is gone. An element without a size is not shown, so no observer needs to hear of it. */
+  window.ResizeObserver = class extends window.ResizeObserver {
+    constructor(callback) {
+      super((entries, observer) => {
+        const shown = entries.filter(({ contentRect }) => contentRect.width || contentRect.height);
+        if (shown.length) callback(shown, observer);
+      });
+    }
+  };
+
   /* ---- Ctrl+Enter presses the main button of the screen ---- */
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
