@@ -23,6 +23,9 @@ CHROMIUM_FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # A camera that shows a test image, without a question to the user.
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 ]
 # Phone and desk.
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}

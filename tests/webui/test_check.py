@@ -182,24 +182,44 @@ def test_photos_are_pasted_captioned_cropped_and_removed_together(new_page, serv
     expect(page.locator("#photos-empty")).to_be_visible(timeout=PATIENCE)
 
 
-@pytest.mark.slow(15)
-def test_a_folder_with_a_caption_and_a_heic_is_added(new_page, server, tmp_path):
+@pytest.mark.slow(20)
+def test_photos_are_added_by_two_uploads_at_once_from_a_folder_and_by_the_camera(new_page, server, uploads, tmp_path):
+    page = opened(new_page, server, permissions=["camera"])
+    page.set_default_timeout(PATIENCE)
+    examined(page)
+    # The page has no response to the first upload when the files of the second one arrive.
+    held, sets = [], set(server.uploads.glob("*/set.json"))
+    page.route("**/gradio_api/queue/data**", lambda route: held.append(route))
+    for path in uploads[:2]:
+        with page.expect_request("**/gradio_api/queue/join**"), page.expect_response("**/gradio_api/upload?**"):
+            page.set_input_files("#photos-upload input[type=file]", path)
+    for route in held:
+        route.continue_()
+    page.unroute("**/gradio_api/queue/data**")
+    expect_examined(page, ["front.png", "side.jpg"])
+    assert len(set(server.uploads.glob("*/set.json")) - sets) == 1
+
     pillow_heif.register_heif_opener()
     folder = tmp_path / "my toy"
     folder.mkdir()
     first, second, *_ = sample_images()
-    first.save(folder / "front.png")
-    (folder / "front.txt").write_text("sks toy from the front")
+    first.save(folder / "top.png")
+    (folder / "top.txt").write_text("sks toy from the top")
     (folder / ".DS_Store").write_bytes(bytes(8))
     second.save(folder / "IMG_1.HEIC", "HEIF")
-    page = opened(new_page, server)
     with page.expect_file_chooser() as chooser:
         page.locator("#photos-folder").click()
     chooser.value.set_files(folder)
-    expect(page.get_by_label("Caption of front.png")).to_have_value("sks toy from the front", timeout=PATIENCE)
-    expect(page.locator(".photo-card", has_text="IMG_1.HEIC")).to_be_visible()
-    expect(page.locator(".photo-card")).to_have_count(2)
+    expect(page.get_by_label("Caption of top.png")).to_have_value("sks toy from the top", timeout=PATIENCE)
+    expect(page.locator(".photo-card .title b")).to_have_text(["front.png", "side.jpg", "IMG_1.HEIC", "top.png"])
     expect(page.locator("#photos-message")).to_be_hidden()
+
+    page.locator("#photos-camera-open").click()
+    page.locator("#photos-camera [title='grant webcam access'] button").click()
+    # Gradio's button does nothing before the camera has sent an image.
+    page.wait_for_function("document.querySelector('#photos-camera video')?.videoWidth > 0")
+    page.get_by_label("capture photo").click()
+    expect(page.locator(".photo-card .title b").nth(4)).to_have_text("image.png", timeout=PATIENCE)
 
 
 @pytest.mark.slow(23)

@@ -37,6 +37,9 @@ CHOICES_JS = """element.addEventListener('click', event => {
   const button = event.target.closest('button');
   if (button) trigger(button.dataset.action === 'classify' ? 'select' : 'click', {action: button.dataset.action, files: []});
 });"""
+# Empties the field at once. Gradio breaks an upload off when the server empties its field, and ignores one that ends while the
+# files of another are added.
+TAKE_FILES = "files => [null, [files ?? []].flat()]"
 # The bundled run: photos, before and after are four cells each of assets/before-after.png, by row and first column.
 FIRST_RESULT, FIRST_CELLS = ASSETS / "before-after.png", ((0, 0), (1, 1), (3, 1))
 CELL, CELL_STEP, CELL_TOP = 192, (198, 222), (6, 24)
@@ -62,6 +65,8 @@ def build(context: AppContext) -> None:
         gr.HTML(parts.note(formats), elem_id="photos-formats")
     widgets["camera"] = gr.Image(sources=["webcam"], type="filepath", label="Camera", visible=False, elem_id="photos-camera")
     camera.click(lambda: gr.Image(visible=True), None, [widgets["camera"]], **QUIET)
+    # The files of the newest upload.
+    widgets["files"] = gr.File(file_count="multiple", visible="hidden")
     widgets["message"] = gr.HTML(visible=False, elem_id="photos-message")
     widgets["crop"] = gr.HTML("", js_on_load=SCRIPTS["crop"], elem_id="photos-crop")
     widgets["cards"] = gr.HTML(js_on_load=SCRIPTS["photos"], elem_id="photos-cards")
@@ -101,10 +106,12 @@ def _wire(context: AppContext, widgets: dict[str, Any]) -> None:
         then_check(begun(handlers.show, [draft, widgets["signature"]], [lost, *view], **QUIET))
     # A separate event: Gradio would loop if the draft were an output of its own change event.
     lost.change(handlers.forget, [draft], [draft], **QUIET)
-    added = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [widgets["upload"]]}
     for source, event in (("upload", "upload"), ("folder", "upload"), ("camera", "input")):
-        outputs = [draft, widgets["message"], widgets[source], *view]
-        then_check(getattr(widgets[source], event)(handlers.add, [draft, widgets[source]], outputs, **added))
+        getattr(widgets[source], event)(None, [widgets[source]], [widgets[source], widgets["files"]], js=TAKE_FILES, **QUIET)
+    previous = gr.State(None)
+    inputs, outputs = [draft, widgets["files"], previous], [draft, widgets["message"], previous, *view]
+    busy = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [widgets["upload"]]}
+    then_check(widgets["files"].change(handlers.add, inputs, outputs, trigger_mode="multiple", **busy))
     outputs = [draft, widgets["message"], widgets["crop"], *view]
     for name in ("about", "cards", "crop"):
         then_check(widgets[name].click(handlers.act, [draft], outputs, **QUIET))
@@ -143,13 +150,22 @@ class _Handlers:
         now = _signature(photos, draft)
         return (gr.skip(), gr.skip()) if now == sent == before else (_examined(photos, draft), now)
 
-    def add(self, stored: dict[str, Any], files: str | list[str] | None, request: gr.Request) -> tuple[Any, ...]:
-        """Add files, or a photo of the camera; unusable ones are refused with a reason."""
+    def add(
+        self, stored: dict[str, Any], files: list[str] | None, previous: tuple[Any, str] | None, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """Add files, or a photo of the camera; unusable ones are refused with a reason.
+
+        Args:
+            previous: the draft of the previous call and the photos that it added to. A call with the same draft was sent before
+                the page had the response, and adds to the same photos.
+        """
         if not files:
             return (gr.skip(),) * 3 + SKIPPED
-        photos, draft = _editable(*self._now(stored, request))
-        added = add_photos(photos, [files] if isinstance(files, str) else files)
-        return draft.to_browser(), _message([*added.refused, *added.notes]), None, *_view(photos, draft)
+        workspace, draft = self._now(stored, request)
+        is_same = previous is not None and previous[0] == stored
+        photos, draft = _editable(workspace, draft.moved_to(previous[1]) if is_same else draft)
+        added = add_photos(photos, files)
+        return draft.to_browser(), _message([*added.refused, *added.notes]), (stored, photos.id), *_view(photos, draft)
 
     def act(self, stored: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
         """Do what the clicked button says: switch between the user's photos and the example, or edit photos."""
