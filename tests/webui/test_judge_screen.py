@@ -239,11 +239,38 @@ def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
 POINTS = """points => document.querySelector('#judge-plots .mark-line path').getAttribute('d').split('L').length === points"""
 
 
+# The text of the cells of the measurements, the head first.
+CELLS = """[...document.querySelectorAll('#judge-figures tr')].map(row => [...row.cells].map(cell => cell.textContent.trim()))"""
+STEP = re.compile(r"step \d+|base model")
+VERDICT = re.compile(r"(.+?) ([\d.]+); range over all steps ([\d.]+) \((.+)\) to ([\d.]+) \((.+)\)\.")
+
+
+def shown_measurements(page):
+    """The columns of the table on the page: the values, as they are written, by the name of the step."""
+    (_, *names), *rows = page.evaluate(CELLS)
+    heads, *columns = zip(*rows, strict=True)
+    steps = [STEP.match(head)[0] for head in heads]
+    return {name: dict(zip(steps, column, strict=True)) for name, column in zip(names, columns, strict=True)}
+
+
+def verdict_agrees_with_the_table(page, recommended):
+    """Each sentence of the verdict has the value of its step, the lowest and the highest value of the table, and their steps."""
+    table = shown_measurements(page)
+    sentences = [VERDICT.fullmatch(text) for text in page.locator("#judge-suggestion li").all_text_contents()]
+    told = {found[1]: found.groups()[1:] for found in sentences if found}
+    assert told.keys() == table.keys() & {"Validation loss", "Image similarity (CLIP-I)", "Prompt similarity (CLIP-T)"}
+    for name, (value, *ends) in told.items():
+        column = {step: value for step, value in table[name].items() if value}
+        low, high = min(column, key=lambda step: float(column[step])), max(column, key=lambda step: float(column[step]))
+        assert (value, *ends) == (column[recommended], column[low], low, column[high], high), name
+
+
 def test_judge_in_a_browser(app_server, new_page, screenshot, tmp_path):
     server = app_server()
-    finished_run(server.runs / "20260101-000001-first")
-    shorter = run_in(server.runs / "20260101-000002-second", "done", total=40)
-    measure(shorter, curve((0, 20, 40)), scores((0, 40)))
+    first = finished_run(server.runs / "20260101-000001-first")
+    # Its images were measured at the last step, and its loss not.
+    shorter = run_in(server.runs / "20260101-000002-second", "done", total=60)
+    measure(shorter, curve((0, 20, 40)), scores((0, 40, 60)))
     ResolvedOptions({"data": {"instance_prompt": "a second toy"}}).write(shorter.path)
     page = new_page(server.url)
     page.set_default_timeout(PATIENCE)
@@ -254,6 +281,10 @@ def test_judge_in_a_browser(app_server, new_page, screenshot, tmp_path):
         expect(page.locator("#judge-suggestion")).to_contain_text("recommended" if points == 3 else "Recommended")
         expect(page.locator("#judge-plots svg.marks")).to_have_count(4)
         page.wait_for_function(POINTS, arg=points)
+        *_, last = shown_measurements(page)["Validation loss"].values()
+        reason = page.locator("#judge-figures", has_text="There is no validation loss after step 40.")
+        assert (bool(last), reason.count()) == (points > 3, points == 3)
+    verdict_agrees_with_the_table(page, f"step {recommended_step(view(first))}")
     page.evaluate(
         """() => { window.changes = 0; const seen = new MutationObserver(list => window.changes += list.length);
         for (const plot of document.querySelectorAll('#judge-plots .vega-embed'))

@@ -10,13 +10,23 @@ from browsing import go_to, quiet, reload
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from run_folders import run_in
+from safetensors import safe_open
 from small_runs import small_run
 
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.images import read_settings
 from pipelines.subject.base_model import load_base_model
+from training.runs.naming import DEMO_ONLY
 
 PATIENCE = 180_000
+
+# What the header of a downloaded file says of its run.
+HEADER = {
+    "modelspec.title": "a star, step 2",
+    "modelspec.trigger_phrase": "a star",
+    "ss_sd_model_name": BUILT_IN_MODEL.name,
+    "modelspec.description": DEMO_ONLY,
+}
 
 REMEMBERING_PREVIEW = """new MutationObserver(() => {
   window.hadPreview ||= document.querySelector('#use-progress .denoising') !== null;
@@ -255,6 +265,11 @@ def test_every_layout_of_the_adapter_can_be_downloaded_with_a_card(server, new_p
             page.locator("#use-download").click()
         names.append(download.value.suggested_filename)
         assert Path(download.value.path()).stat().st_size > 1000
+        if layout != "full":
+            with safe_open(download.value.path(), "pt") as file:
+                header = file.metadata()
+            assert header.items() >= HEADER.items()
+            assert header.get("ss_base_model_version") == ("custom" if layout == "kohya" else None)
         page.locator("#use-card h3", has_text=names[-1]).wait_for()
     assert names == ["a-star-step2-full.zip", "a-star-step2-diffusers.safetensors", "a-star-step2.safetensors"]
     # The built-in model is no SDXL, and a LoRA has no smaller form.
