@@ -69,6 +69,16 @@ REPORT_TOASTS = """new MutationObserver(changes => {
   }
 }).observe(document, {childList: true, subtree: true});"""
 
+# The open screen, what it waits for, and its messages.
+DESCRIBE_PAGE = """() => JSON.stringify({
+  url: location.search,
+  tab: document.querySelector('#screens > .tab-wrapper [aria-selected=true]')?.innerText,
+  waiting: [...document.querySelectorAll('.pending, .generating, .translucent')].map(each => each.closest('[id]')?.id),
+  messages: [...document.querySelectorAll('.toast-body, [id$=-message], [id$=-progress]')].map(each => each.innerText),
+  photos: document.querySelectorAll('.photo-card').length,
+})"""
+MAX_ERROR = 700
+
 
 @dataclass
 class Load:
@@ -93,7 +103,7 @@ class Visitor:
         self.page, self.url, self.user, self.load, self.rng = page, url, user, load, rng
         self.left = 0.0
         page.set_default_timeout(PATIENCE_MS)
-        page.on("pageerror", lambda error: self.note(str(error)))
+        page.on("pageerror", lambda error: self.note(error.stack or str(error)))
         page.on("console", self.heard)
         page.on("response", self.answered)
 
@@ -112,7 +122,7 @@ class Visitor:
         """Record an error, unless it is of a request that was aborted when the page was left."""
         was_left = time.monotonic() - self.left < LEAVING_SECONDS
         if not (was_left and any(words.lower() in text.lower() for words in ABORTED)):
-            self.load.errors.append(f"{self.user}: {' '.join(text.split())[:300]}")
+            self.load.errors.append(f"{time.strftime('%H:%M:%S')} {self.user}: {' '.join(text.split())[:MAX_ERROR]}")
 
     async def act(self) -> None:
         """Do one thing."""
@@ -121,7 +131,7 @@ class Visitor:
             await getattr(self, action)()
             self.load.done[action] += 1
         except Error as error:
-            self.note(f"{action}: {error.message}")
+            self.note(f"{action}: {error.message}. Page: {await self.page.evaluate(DESCRIBE_PAGE)}")
             await self.reload()
 
     async def leave(self, address: str | None = None) -> None:
@@ -189,8 +199,9 @@ class Visitor:
         """Queue a training of a few steps."""
         page = self.page
         await self.open("check")
-        if not await page.locator("#check-command").is_visible():
-            await page.click("#check-command-shown > button")
+        await page.evaluate(
+            "for (const each of document.querySelectorAll('#check-command-shown > button:not(.open)')) each.click()"
+        )
         await page.locator("#check-command").filter(has_text=re.compile("launch|#")).wait_for()
         await page.locator("#check-preset").get_by_text("Fast").click()
         for box, text in (("class input", "toy"), ("scenes textarea", "in the snow")):
@@ -336,8 +347,10 @@ def faults_of_files(home: Path) -> Iterator[str]:
     # For each file of an upload, Gradio leaves an empty one beside its copy.
     parts = [path for path in (home / "uploads" / ".cache").glob("tmp*") if path.is_file() and path.stat().st_size]
     yield from (f"{path.name} is left of an upload." for path in parts)
-    log = (home / "server.txt").read_text().splitlines()
-    yield from (f"log: {line}" for line in log if re.match(r"[\w.]*(Error|Exception|Disconnect)\b", line))
+    log = (home / "server.txt").read_text()
+    yield from (
+        f"log: {each[0]}" for each in re.finditer(r"(?:.*\n){0,12}^[\w.]*(Error|Exception|Disconnect)\b.*", log, re.MULTILINE)
+    )
 
 
 def growth(samples: list[tuple[float, float]]) -> float:

@@ -153,10 +153,6 @@ class Dataset:
         """The images of a subject in order, without those whose file is missing."""
         return [image for image in self.content().photos.images if (self.folder / image.file).is_file()]
 
-    def files(self) -> list[Path]:
-        """The files of a subject's images, in order."""
-        return [self.folder / image.file for image in self.photos()]
-
     def signature(self) -> tuple[str, ...]:
         """A value that changes when a subject's images, their captions or their order change."""
         return tuple(f"{one.file}:{(self.folder / one.file).stat().st_mtime_ns}:{one.caption}" for one in self.photos())

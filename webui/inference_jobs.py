@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -63,6 +63,7 @@ ADVICE = {
 }
 PIPELINES = PipelineCache()
 FEATURES = FeatureCache()
+T = TypeVar("T")
 
 
 def on_gpu() -> bool:
@@ -122,11 +123,15 @@ def checked_images(images: Dataset) -> CheckedImages:
 
     Raises: InputError if no image can be used.
     """
+    return _even_if_removed(lambda: _checked_images(images, tuple(sorted(images.signature()))))
+
+
+def _even_if_removed(make: Callable[[], T]) -> T:
+    """The result of `make`, called again if an image is gone: the user has removed it meanwhile."""
     try:
-        return _checked_images(images, tuple(sorted(images.signature())))
+        return make()
     except FileNotFoundError:
-        # The user has removed an image meanwhile.
-        return _checked_images(images, tuple(sorted(images.signature())))
+        return make()
 
 
 @functools.lru_cache(maxsize=64)
@@ -149,16 +154,22 @@ def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
 
     Raises: InputError if an image or a size cannot be used.
     """
-    return [_crop(each) for each in crop_previews(images.files(), options)]
+
+    def made() -> list[Crop]:
+        photos = images.photos()
+        previews = crop_previews([images.folder / photo.file for photo in photos], options)
+        return [_crop(photo.name, preview) for photo, preview in zip(photos, previews, strict=True)]
+
+    return _even_if_removed(made)
 
 
-def _crop(preview: CropPreview) -> Crop:
+def _crop(name: str, preview: CropPreview) -> Crop:
     thumbnail, stream = preview.image.copy(), io.BytesIO()
     thumbnail.thumbnail((384, 384))
     thumbnail.save(stream, "PNG")
     # A data URL, so that the server stores no file for each setting that is tried.
     address = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return Crop(address, (preview.image.height, preview.image.width), preview.variants)
+    return Crop(name, address, (preview.image.height, preview.image.width), preview.variants)
 
 
 def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:

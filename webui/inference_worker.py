@@ -249,8 +249,9 @@ class CheckedImages(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """An image as the model sees it: the first of its variants, small, as a data URL; its height and width; their number."""
+    """An image as the model sees it: its name; the first variant, small, as a data URL; height and width; number of variants."""
 
+    name: str
     address: str
     size: tuple[int, int]
     variants: int

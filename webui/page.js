@@ -1,7 +1,7 @@
 /* What the page does beside Gradio: it looks for changes of runs, shows what is running, keeps the address up to date, notifies, and
 reopens event streams. The hidden buttons that it clicks, and the listeners that call `window.noraVision`, are in `webui/page.py`. */
 () => {
-  const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100;
+  const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100, CLOSE_MS = 1000, MAX_REOPENED = 3;
   // How often a screen is refreshed while a run goes on. The others are refreshed when the state of a run changes.
   const REFRESH_MS = { train: 5000, judge: 10000, runs: 10000, classify: 10000, use: 10000 };
   const TITLE = document.title;
@@ -177,13 +177,14 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   Gradio's server closes a page's event stream when no event is pending. A page that sends another event before it has read this
   believes that the stream is open, and waits for the response until a later event opens a new stream. */
   const COMPLETED = /^data: \{"msg":"process_completed","event_id":"([^"]+)"/;
+  // The time at which each pending event was sent, and how often a stream was opened for it.
   const pending = new Map(), completed = new Set();
   let openStreams = 0;
 
   async function addEvent(response) {
     const { event_id } = await response.json();
     if (!event_id || completed.delete(event_id)) return;
-    pending.set(event_id, performance.now());
+    pending.set(event_id, { since: performance.now(), reopened: 0 });
     setTimeout(showBusy, BUSY_MS);
   }
 
@@ -207,16 +208,26 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
 
   /* A line at the top of the page while an answer takes longer. */
   function showBusy() {
-    const isBusy = [...pending.values()].some((since) => performance.now() - since >= BUSY_MS - 1);
+    const isBusy = [...pending.values()].some(({ since }) => performance.now() - since >= BUSY_MS - 1);
     if (document.body.hasAttribute("data-busy") !== isBusy) document.body.toggleAttribute("data-busy", isBusy);
   }
 
   function reopen() {
-    if (openStreams > 0 || pending.size === 0) return;
-    // Each event is waited for once: a cancelled one has no response.
-    pending.clear();
+    if (openStreams > 0) return;
+    // A cancelled event has no response.
+    for (const [event, { reopened }] of pending) if (reopened === MAX_REOPENED) pending.delete(event);
     showBusy();
+    if (pending.size === 0) return;
+    for (const event of pending.values()) event.reopened += 1;
     click("reopen-event-stream");
+  }
+
+  /* The page aborts a stream when it has read that it is closed. If Gradio's server receives this before it has ended the stream, it
+  drops the events that were sent in the meantime, so it is left to the server to end the stream, for `CLOSE_MS`. */
+  function abortedLater(signal) {
+    const aborter = new AbortController();
+    signal?.addEventListener("abort", () => setTimeout(() => aborter.abort(), CLOSE_MS));
+    return aborter.signal;
   }
 
   window.fetch = async (resource, options) => {
@@ -233,8 +244,8 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
       setTimeout(reopen, REOPEN_MS);
     };
     try {
-      const response = await fetchFromServer(resource, options);
-      // The page aborts the request when it has read that the stream is closed.
+      const response = await fetchFromServer(resource, { signal: abortedLater(resource.signal ?? options?.signal) });
+      // Aborted, the stream ends with an error.
       readStream(response.clone()).catch(() => {}).finally(ended);
       return response;
     } catch (error) {

@@ -109,7 +109,7 @@ def build_page(settings: Settings) -> gr.Blocks:
 
 def reopens_event_stream() -> None:
     """Put the button that page.js clicks to open a new event stream into the open page."""
-    gr.Button(visible="hidden", elem_id="reopen-event-stream").click(lambda: None, **QUIET)
+    gr.Button(visible="hidden", elem_id="reopen-event-stream").click(lambda: None, trigger_mode="multiple", **QUIET)
 
 
 def forget_closed_sessions(sessions: StateHolder) -> None:

@@ -69,7 +69,7 @@ def test_a_file_outside_of_the_dataset_is_refused(photos, file):
 
 def test_a_run_reads_the_photos_in_the_order_of_the_page(photos):
     photos.move(photos.photos()[2].file, -2)
-    first = photos.files()[0].read_bytes()
+    first = (photos.folder / photos.photos()[0].file).read_bytes()
     photos.seal()
     assert names(photos) == ["dim.png", "front.png", "side.jpg"]
     assert next(path.read_bytes() for path in sorted(photos.folder.glob("0*.png"))) == first

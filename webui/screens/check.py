@@ -149,8 +149,9 @@ def _crops(workspace: Workspace, draft: Draft) -> str:
     _, options = validated(workspace, "subject", SUBJECT.values(workspace, draft))
     crops = WORKER.call("crops", photos, options)
     sizes = sorted({f"{crop.size[1]} x {crop.size[0]}" for crop in crops})
-    named = list(zip(crops, [photo.name for photo in photos.photos()], strict=True))
-    return macros("check.html").crops(named, sizes, crops[0].variants, WORKER.call("long_prompts_of", photos, options))
+    return macros("check.html").crops(
+        crops, sizes, max((crop.variants for crop in crops), default=1), WORKER.call("long_prompts_of", photos, options)
+    )
 
 
 def _cost(workspace: Workspace, draft: Draft) -> tuple[Any, Any, Any]:
