@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import textwrap
@@ -29,6 +30,7 @@ from pipelines.image_formats import (
     listed,
 )
 from pipelines.png_chunks import PngParts, split_png
+from pipelines.text_files import write_atomically
 
 # Increase this when the code reads other pixels from the same files, so that cached results are not reused.
 READING_VERSION = 2
@@ -185,7 +187,14 @@ def save_image(image: Image.Image, path: Path, settings: dict[str, object]) -> N
     info.add_itxt(SETTINGS_KEY, json.dumps(settings))
     info.add_itxt(A1111_KEY, _as_parameters(settings, image))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    save_png(image, path, info)
+
+
+def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG with `info`. A reader, such as the web app, never sees half of it."""
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
+    write_atomically(path, content.getvalue())
 
 
 def read_settings(path: Path) -> dict[str, object]:

@@ -60,13 +60,18 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one.
+    """As `write_atomically`, in UTF-8.
 
     Characters that UTF-8 cannot encode, as in some file names, are escaped, so that the file is written all the same.
     """
+    write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path` and rename, so that a reader sees the old file or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        beside.write_bytes(content)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

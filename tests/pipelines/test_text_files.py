@@ -1,9 +1,14 @@
 """Reading of text files that a user gives."""
 
+import os
+from unittest.mock import Mock
+
 import pytest
+from PIL import Image
 from shared_cases import case_folder
 
 from pipelines.errors import InputError
+from pipelines.images import save_png
 from pipelines.text_files import read_text
 
 TEXT = "a café at night\na red star\n"
@@ -54,3 +59,14 @@ def test_prompt_files_as_editors_write_them():
         read_text(folder / "ansi.txt")
     with pytest.raises(InputError, match="is UTF-16 text"):
         read_text(folder / "utf16.txt")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    save_png(Image.new("RGB", (2, 2)), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(OSError, match="disk is full"):
+        save_png(Image.new("RGB", (4, 4)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -15,6 +15,8 @@ from hostile import png_bytes
 from processes import apart, wait_for
 
 from webui.accounts import add_account
+from webui.security import Guard
+from webui.workspace import Settings
 
 PASSWORDS = {"ada": "correct horse", "bob": "battery staple"}
 PAGE = {"sec-fetch-site": "same-origin"}
@@ -258,6 +260,22 @@ def test_an_upload_that_is_cut_leaves_no_file(server, own):
     with pytest.raises(ConnectionAbortedError):
         own.post("/gradio_api/upload", content=cut(), headers={"content-type": "multipart/form-data; boundary=x"})
     wait_for(lambda: not list(parts.glob("tmp*")))
+
+
+def test_the_progress_of_an_upload_ends_with_its_connection(tmp_path):
+    """A page that is left at once closes the connection before anything was read from it."""
+    answered = []
+
+    async def progress(scope, receive, send):
+        answered.append(await receive())
+
+    async def closed():
+        return {"type": "http.disconnect"}
+
+    guard = Guard(progress, Settings(tmp_path, tmp_path), tmp_path, "")
+    address = {"path": "/gradio_api/upload_progress", "query_string": b"upload_id=a", "headers": [], "method": "GET"}
+    asyncio.run(guard({"type": "http", "client": None, **address}, closed, None))
+    assert answered == [{"type": "http.disconnect"}]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
+from pipelines.images import save_png
 from pipelines.run_file import ResolvedOptions
 from pipelines.text_files import write_text_atomically
 from training.runs.durable import DiskFullError, free_bytes, is_disk_full
@@ -89,7 +90,7 @@ class RunDirectory(RunRecord):
         """Save the sheet of images of `step` as samples/step-<step>.png, and log it to the trackers as `name`."""
         if not self.writes:
             return
-        image.save(self.samples / f"{step_name(step)}.png")
+        save_png(image, self.samples / f"{step_name(step)}.png")
         for tracker in self.trackers:
             log_image(tracker, name, image, step)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from pipelines.images import labelled_grid, save_image
+from pipelines.images import labelled_grid, save_image, save_png
 from pipelines.subject.generate import Sampling, generate
 from training.runs.run import RunDirectory
 
@@ -69,4 +69,4 @@ def save_subject(run: RunDirectory, images: Sequence[Image.Image]) -> None:
     """Save training images as samples/subject/<index>.png, for comparison with samples."""
     run.subject.mkdir(exist_ok=True)
     for index, image in enumerate(images):
-        image.save(run.subject / f"{index}.png")
+        save_png(image, run.subject / f"{index}.png")
