@@ -11,9 +11,7 @@ more than `--most` percent. The browser draws without a graphics card, which is 
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,11 +28,11 @@ from training.runs.record import update_status
 from webui.page import SCREENS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "webui"))
+from processes import address_of, app_command, start_process
 from run_folders import GIVEN, WrittenRun, add_samples, finished_run, measure
 
 from pipelines.run_file import ResolvedOptions
 
-ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
 STEP_SECONDS, FIRST_STEP, TOTAL, STEPS_PER_SAMPLE = 0.35, 100, 400, 50
 # The page is measured when no answer has been pending for so long; its checks of the example load a library first.
@@ -80,16 +78,9 @@ class Trainer(threading.Thread):
 def served(home: Path) -> Iterator[tuple[str, Path]]:
     """A server with a finished run: its address and its folder of runs."""
     finished_run(home / "runs" / DONE)
-    folders = ["--runs_dir", str(home / "runs"), "--uploads_dir", str(home / "uploads")]
-    log = home / "server.txt"
-    with log.open("w") as output:
-        server = subprocess.Popen([sys.executable, "app.py", *folders], stdout=output, stderr=output)
+    server = start_process(app_command(home), home / "server.txt")
     try:
-        while not (address := ADDRESS.search(log.read_text())):
-            if server.poll() is not None:
-                raise RuntimeError(f"The server did not start: {log.read_text()}")
-            time.sleep(0.2)
-        yield address[1], home / "runs"
+        yield address_of(server, home / "server.txt"), home / "runs"
     finally:
         server.terminate()
         server.wait()

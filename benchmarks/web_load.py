@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,7 +45,9 @@ from webui.accounts import add_account
 from webui.datasets import SET, Dataset
 from webui.page import SCREENS
 
-ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "webui"))
+from processes import address_of, app_command, kill_all_naming, start_process
+
 USERS = {"ada": "correct horse", "bob": "battery staple"}
 MEGABYTE, SAMPLE_SECONDS = 2**20, 5
 # In MB per minute: at this rate, ten minutes of eight busy browsers add a tenth to a server of 200 MB.
@@ -306,20 +307,11 @@ def served(home: Path) -> Iterator[tuple[str, psutil.Process]]:
     """A server with its files in `home`: its address and its process. At the end, it and its runs are killed."""
     for name, password in USERS.items():
         add_account(home / "accounts.txt", name, password)
-    folders = ["--runs_dir", home / "runs", "--uploads_dir", home / "uploads", "--accounts", home / "accounts.txt"]
-    log = home / "server.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, "app.py", *map(str, folders)], stdout=output, stderr=output)
+    process = start_process(app_command(home, "--accounts", str(home / "accounts.txt")), home / "server.txt")
     try:
-        while not (address := ADDRESS.search(log.read_text())):
-            if process.poll() is not None:
-                raise RuntimeError(f"The server did not start: {log.read_text()}")
-            time.sleep(0.2)
-        yield address[1], psutil.Process(process.pid)
+        yield address_of(process, home / "server.txt"), psutil.Process(process.pid)
     finally:
-        for each in psutil.process_iter(["cmdline"]):
-            if each.pid == process.pid or any(str(home) in word for word in each.info["cmdline"] or ()):
-                each.kill()
+        kill_all_naming(home)
         process.wait()
 
 

@@ -6,24 +6,20 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
-import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from processes import kill_all_naming
+from processes import REPOSITORY, address_of, app_command, kill_all_naming, start_process
 from worker_thread import launch_thread
 
 from webui.inference_worker import WORKER
 
-REPOSITORY = Path(__file__).parents[2]
-ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
 # Of the ports from the first on, as many for each of the test processes, none of which takes another's while its server is down.
 FIRST_PORT, PORTS = 8100, 200
 # The signal at which a forked server writes the stacks of all its threads into its log, and how much of the log is of interest.
@@ -35,7 +31,7 @@ PRELOADED = ["webui.page", "webui.security", "webui.inference_jobs"]
 class ForkedProcess:
     """`python script` in a fork of a process that has already imported the libraries; the interface is that of Popen."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._process = context.Process(target=run_script, args=(command, dict(environment), log))
@@ -104,35 +100,24 @@ class AppProcess:
         own_port: bool = True,
         forked: bool = True,
     ) -> None:
-        self.runs, self.uploads, self.log = home / "runs", home / "uploads", home / "server.txt"
-        self._script, self._options, self._forked = script, options, forked
+        self.runs, self.uploads, self.log, self._forked = home / "runs", home / "uploads", home / "server.txt", forked
         # A script that does not lie in the repository's root finds its packages too.
         found_in = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         ours = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
         self._environment = {**os.environ, **ours, **(environment or {})}
-        self.url = ""
-        self._port = free_port() if own_port else None
+        port = ["--port", str(free_port())] if own_port else []
+        self._command = app_command(home, *port, *options, script=script)
         self.start()
 
-    def start(self, patience: float = 240.0) -> None:
+    def start(self) -> None:
         """Start it, and wait until it has printed its address."""
-        port = [] if self._port is None else ["--port", str(self._port)]
-        command = [self._script, "--runs_dir", str(self.runs), "--uploads_dir", str(self.uploads), *port, *self._options]
-        if self._forked:
-            self.log.write_text("")
-            self.process = ForkedProcess(command, self._environment, self.log)
-        else:
-            with self.log.open("w") as log:
-                words = [sys.executable, *command]
-                self.process = subprocess.Popen(words, cwd=REPOSITORY, env=self._environment, stdout=log, stderr=log)
-        end = time.monotonic() + patience
-        while time.monotonic() < end and self.process.poll() is None:
-            if found := ADDRESS.search(self.log.read_text()):
-                self.url = found[1]
-                return
-            time.sleep(0.05)
-        self.kill()
-        raise AssertionError(f"The server did not start:\n{self.log.read_text()}")
+        self.log.write_text("")
+        self.process = (ForkedProcess if self._forked else start_process)(self._command, self.log, self._environment)
+        try:
+            self.url = address_of(self.process, self.log)
+        except RuntimeError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """End it as a power cut would; its runs go on."""

@@ -1,14 +1,19 @@
-"""Starts runs like the page, with a stand-in for the training command."""
+"""Processes of tests and benchmarks: the app, and runs that are started like the page does, with a stand-in for training."""
 
 import asyncio
+import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
-PATIENCE = 90
+REPOSITORY = Path(__file__).parents[2]
+ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
+PATIENCE, START_PATIENCE = 90, 240
 # Like a trainer: reports that it trains, ends on request, and records signals.
 RECIPE = """
 import os, pathlib, signal, sys, time
@@ -35,6 +40,28 @@ child = subprocess.Popen([sys.executable, "-c", {RECIPE!r}, *sys.argv[1:]])
 if child.wait() != 0:
     raise subprocess.CalledProcessError(child.returncode, child.args)
 """
+
+
+def app_command(home, *options, script="app.py"):
+    """The command, without the interpreter, of an app whose runs and uploads are in `home`."""
+    return [script, "--runs_dir", str(home / "runs"), "--uploads_dir", str(home / "uploads"), *options]
+
+
+def start_process(command, log, environment=None):
+    """Start Python with the words of `command` in the repository's folder; its output goes to the file `log`."""
+    with log.open("w") as output:
+        words = [sys.executable, *command]
+        return subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+
+
+def address_of(process, log):
+    """The address of an app, once it has written it to the file `log`. Raises: RuntimeError with the log if it does not."""
+    end = time.monotonic() + START_PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        if found := ADDRESS.search(log.read_text()):
+            return found[1]
+        time.sleep(0.05)
+    raise RuntimeError(f"The server did not start:\n{log.read_text()}")
 
 
 def standing_for_accelerate(words):
