@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -63,6 +63,8 @@ ADVICE = {
 }
 PIPELINES = PipelineCache()
 FEATURES = FeatureCache()
+# A job too: the adapters of a request as one LoRA file.
+merge = PIPELINES.merge
 T = TypeVar("T")
 
 
@@ -82,14 +84,6 @@ def generate(report: Callable[[GenerationProgress | Path], None], workspace: Wor
         report(images.add(event.image, event.settings) if isinstance(event, GeneratedImage) else event)
 
     PIPELINES.generate(request, saved)
-
-
-def merge(request: GenerationRequest, layout: Literal["diffusers", "kohya"], path: Path) -> Path:
-    """Merge the adapters of the request into one LoRA file at `path`; returns it.
-
-    Raises: InputError if they cannot be merged.
-    """
-    return PIPELINES.merge(request, path, layout)
 
 
 def adapter_file(workspace: Workspace, adapter: ScaledAdapter, layout: Layout, path: Path) -> Path:

@@ -2,8 +2,9 @@
 
 Each public function of `webui.inference_jobs` is a job. The process is started again by the first request after its end.
 
-Every request has a connection of its own: the page makes it, and passes its other end through the control socket. What ends a
-request is the end of its connection: the page closes it to cancel, and the death of the process closes it too.
+Every request has a connection of its own: the page makes it, and passes its other end through the control socket. The process
+answers with the events of the job, and at last with an exception: that of the job, or StopIteration. The page closes the
+connection to cancel the request, and the death of the process closes it too.
 """
 
 from __future__ import annotations
@@ -45,19 +46,11 @@ class InferenceError(RuntimeError):
 
 
 class Request(NamedTuple):
-    """A job to run; a streaming job gets a function to report events with as its first argument."""
+    """A job to run. A streaming job reports events by its first argument; the only event of another one is its result."""
 
     name: str
     arguments: tuple[Any, ...]
     is_stream: bool
-
-
-class Reply(NamedTuple):
-    """An event of a job, or its end, with its error if it failed. The only event of a job that is no stream is its result."""
-
-    event: Any = None
-    is_end: bool = False
-    error: Exception | None = None
 
 
 def launch(jobs: str = "webui.inference_jobs") -> Launched:
@@ -83,15 +76,13 @@ class Stream(Iterator[Any]):
     def __next__(self) -> Any:
         """The next event. Raises: as `InferenceWorker.call`."""
         try:
-            reply = Reply(is_end=True) if self._is_closed else self._connection.recv()
-        except (EOFError, OSError) as error:
-            reply = Reply(is_end=True)
-            if not self._is_closed:
-                raise InputError(ENDED) from error
-        if not reply.is_end:
-            return reply.event
-        self.close()
-        raise reply.error or StopIteration
+            event = StopIteration() if self._is_closed else self._connection.recv()
+        except (EOFError, OSError):
+            event = StopIteration() if self._is_closed else InputError(ENDED)
+        if isinstance(event, Exception):
+            self.close()
+            raise event
+        return event
 
     def every(self, seconds: float) -> Iterator[Any]:
         """The events, and None whenever there was none for `seconds`, so that its consumer can be closed meanwhile."""
@@ -209,16 +200,13 @@ def serve(control: socket.socket, jobs: ModuleType) -> None:
 
 
 def _run(connection: Connection, request: Request, job: Callable[..., Any]) -> None:
-    def report(event: Any) -> None:
-        connection.send(Reply(event))
-
     # The page sends nothing else, so this is the end of a request that was cancelled while it waited.
     if connection.poll():
         raise ConnectionAbortedError
     if request.is_stream:
-        job(report, *request.arguments)
+        job(connection.send, *request.arguments)
     else:
-        report(job(*request.arguments))
+        connection.send(job(*request.arguments))
 
 
 def _finish(connection: Connection, name: str, future: Future[None]) -> None:
@@ -226,12 +214,13 @@ def _finish(connection: Connection, name: str, future: Future[None]) -> None:
     with connection, suppress(ConnectionError):
         if connection.poll():
             return
-        if isinstance(error, InputError):
-            error = InputError(str(error))
-        elif error is not None:
+        if error is None:
+            connection.send(StopIteration())
+        elif isinstance(error, InputError):
+            connection.send(InputError(str(error)))
+        else:
             logger.error("The job %s failed", name, exc_info=error)
-            error = InferenceError(f"The job {name} failed with {type(error).__name__}.")
-        connection.send(Reply(is_end=True, error=error))
+            connection.send(InferenceError(f"The job {name} failed with {type(error).__name__}."))
 
 
 class CheckedImage(NamedTuple):

@@ -56,8 +56,7 @@ MAX_CLOSED_SESSIONS = 20
 HEAD = f"""<link rel="icon" href="favicon.ico" type="image/svg+xml"><meta name="description" content="{SUMMARY}">
 <meta property="og:type" content="website"><meta property="og:title" content="{TITLE}">
 <meta property="og:description" content="{SUMMARY}"><meta property="og:image" content="{{origin}}card.png">
-<meta name="twitter:card" content="summary_large_image"><meta name="twitter:title" content="{TITLE}">
-<meta name="twitter:description" content="{SUMMARY}"><meta name="twitter:image" content="{{origin}}card.png">
+<meta name="twitter:card" content="summary_large_image">
 <script>{{
   const request = window.requestAnimationFrame.bind(window), isStopwatch = /performance\\.now\\(\\) *- *[^;]+\\/ *1e3/;
   window.requestAnimationFrame = (callback) => (isStopwatch.test(callback) ? 0 : request(callback));

@@ -32,7 +32,7 @@ from webui.workspace import Settings, app_command, is_loopback
 logger = logging.getLogger("webui")
 
 FIRST_PORT = 7860
-# Large enough for zips and adapters. Images have a lower limit, checked in `webui.incoming`.
+# Large enough for zips and adapters. Images have a lower limit, checked in `pipelines.untrusted_images`.
 MAX_UPLOAD_BYTES = 512 * 2**20
 # Mentions the wait, because Gradio's form shows no message while sign-in is throttled.
 SIGN_IN = "Sign in with your name and password. After five wrong passwords, wait for a minute."
@@ -53,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
     """The options of `python app.py` and `nora-vision app`."""
     options = argparse.ArgumentParser(description="Open the web app.", allow_abbrev=False)
     add = options.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; any but a loopback address needs --accounts")
+    add("--host", default=Settings.host, help="address to listen on; any but a loopback address needs --accounts")
     add("--port", type=int, help=f"port to listen on; by default the first free one from {FIRST_PORT} on")
-    add("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
-    add("--uploads_dir", type=Path, default=Path("uploads"), help="folder of the uploaded images and adapters")
+    add("--runs_dir", type=Path, default=Settings.runs_dir, help="folder of the runs")
+    add("--uploads_dir", type=Path, default=Settings.sets_dir, help="folder of the uploaded images and adapters")
     add("--accounts", type=Path, metavar="FILE", help="file of names and hashed passwords; every user must sign in")
     add("--add_account", metavar="NAME", help="ask for a password, add the account to --accounts, and exit")
     models = "base models that guests may use besides the built-in ones"
@@ -183,8 +183,8 @@ def activity_route(settings: Settings) -> Route:
 
 def _described(view: RunView) -> dict[str, object]:
     percent = None if view.share is None else round(100 * view.share)
-    about = {"name": view.title, "state": view.state, "active": view.is_active, "sentence": view.sentence}
-    return {"id": view.id, "percent": percent, **about}
+    state = {"state": view.state, "active": view.is_active, "percent": percent, "sentence": view.sentence}
+    return {"id": view.id, "name": view.title, **state}
 
 
 def _prepare_environment(cache: Path) -> None:

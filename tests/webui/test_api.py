@@ -81,7 +81,7 @@ def classifier(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(client, started):
-    """The state of the third run before it was stopped in the queue, and its status once its process has begun and ended."""
+    """The state of the third run before it was stopped in the queue, and its status once it has ended."""
     before = client.predict(started[2], api_name="/stop")
     return before, wait_for(lambda: has_ended(client, started[2]))
 

@@ -31,4 +31,4 @@ def test_a_file_for_another_program_is_refused_with_the_one_to_take(workspace, t
 def test_it_cannot_be_merged_with_others(workspace, tmp_path):
     request = request_for(workspace, [("mixture@4", 1.0, None)], prompt="a star")
     with pytest.raises(InputError, match=r"cannot be merged into one file: .*is adapted by a mixture of subspaces"):
-        WORKER.call("merge", request, "kohya", tmp_path / "a.safetensors")
+        WORKER.call("merge", request, tmp_path / "a.safetensors", "kohya")

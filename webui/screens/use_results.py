@@ -161,7 +161,7 @@ class Files:
             if not is_merged:
                 WORKER.call("adapter_file", workspace, wanted.adapters[0], layout, path)
             elif layout in LORA_LAYOUTS:
-                WORKER.call("merge", wanted, layout, path)
+                WORKER.call("merge", wanted, path, layout)
             else:
                 names = " or ".join(repr(LAYOUTS[each][0]) for each in LORA_LAYOUTS)
                 raise InputError(f"Merged adapters are a LoRA file, got the format {LAYOUTS[layout][0]!r}. Choose {names}.")
