@@ -31,7 +31,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from webui.accounts import client_address
 from webui.workspace import Settings
 
-FILE, UPLOAD = "/gradio_api/file=", "/gradio_api/upload"
+FILE = "/gradio_api/file="
+# Not the address of an upload's progress, which begins alike.
+UPLOAD = re.compile(r"/gradio_api/upload/?")
 # The paths that a browser needs to show the sign-in page.
 PUBLIC_PATHS = re.compile(
     r"/|/login/?|/logout|/favicon\.ico|/card\.png|/robots\.txt|/manifest\.json|(/gradio_api)?/theme\.css|/(static|assets)/.*"
@@ -143,7 +145,7 @@ class Guard:
             self._check_files(request)
         except HTTPException as refusal:
             return await JSONResponse({"detail": refusal.detail}, refusal.status_code)(scope, receive, send)
-        if _is_upload(scope["path"]):
+        if UPLOAD.fullmatch(scope["path"]):
             receive = _refusing_cut_uploads(receive)
         client_address.set(request.client.host if request.client else "")
         await self._app(scope, receive, send)
@@ -152,7 +154,7 @@ class Guard:
         """Refuse uploads that the disk has no room for, and files outside of the cache."""
         path, length = request.scope["path"], request.headers.get("content-length", "")
         needed = FREE_BYTES + (int(length) if length.isdigit() else 0)
-        if _is_upload(path) and shutil.disk_usage(self._cache).free < needed:
+        if UPLOAD.fullmatch(path) and shutil.disk_usage(self._cache).free < needed:
             raise HTTPException(507, "The server's disk is nearly full. Delete runs or images that are no longer needed.")
         if path.startswith(FILE) and not Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache):
             raise HTTPException(403, "Only uploaded and generated files are served.")
@@ -236,11 +238,6 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
         return unread.pop() if unread else await receive()
 
     return content, again
-
-
-def _is_upload(path: str) -> bool:
-    # The address of its progress begins alike.
-    return path.rstrip("/") == UPLOAD
 
 
 def _refusing_cut_uploads(receive: Receive) -> Receive:
