@@ -26,7 +26,6 @@ from webui.generation import reference_of, request_for, steps_of
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import uploaded_classes
 from webui.runs import RunView, views
-from webui.tasks import fitted
 from webui.workspace import Settings, Workspace
 
 STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
@@ -177,6 +176,5 @@ def _with_images(workspace: Workspace, task: str, options: Values, files: list[P
     if task == "subject":
         return merged(options, {"data": {"instance_data_dir": str(dataset.folder.absolute())}})
     classes = uploaded_classes(dataset)
-    if not classes.is_ready:
-        raise InputError(classes.warnings()[0])
-    return fitted(classes, options, options)
+    classes.check()
+    return classes.fitted(options, options)

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas as pd
 
@@ -19,18 +20,17 @@ from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
 from pipelines.methods import method_names
 from pipelines.tables import harmless
-from training.options.values import merged
+from training.options.fewshot import ALL
+from training.options.values import merged, without
 from training.runs.fewshot_files import FewShotReport, ImagePrediction, MethodSummary, PredictionFile, TrialResult
 from training.runs.naming import PIXELS
 from training.runs.record import RunRecord
 from training.runs.snapshot import read_cached
-from webui import launching, runs
+from webui import launching
 from webui.datasets import Dataset
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import dataset_in, uploaded_classes, uploaded_dataset
-from webui.runs import RunView, views
-from webui.tasks import fitted
-from webui.uploads import Added, add_images
+from webui.uploads import Added, add_groups, add_images
 from webui.workspace import Workspace
 
 RUNNERS_UP = 3
@@ -51,22 +51,6 @@ def share(value: float) -> str:
     """`value` in percent, such as 69%; 100% only if it is exactly 1."""
     percent = f"{value:.0%}"
     return "over 99%" if percent == "100%" and value < 1 else percent
-
-
-def is_clearly_better(one: TrialResult, other: TrialResult) -> bool:
-    """Whether the 95% interval of one accuracy lies above that of another."""
-    return one.test.top1.low > other.test.top1.high
-
-
-def classifier_views(workspace: Workspace) -> list[RunView]:
-    """All runs that train classifiers, newest first."""
-    return [view for view in views(workspace) if view.task == "classify"]
-
-
-def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
-    """The classifier with this id; None if there is none."""
-    view = runs.view_of(workspace, run_id)
-    return view if view is not None and view.task == "classify" else None
 
 
 @dataclass(frozen=True)
@@ -143,29 +127,6 @@ class Result:
         """The test images of class `true` predicted as `predicted`, highest confidence first."""
         matches = (one for one in self.tested if (one.true, one.predicted) == (true, predicted))
         return sorted(matches, key=lambda one: -one.confidence)
-
-    @property
-    def untested(self) -> list[str]:
-        """The classes without test images."""
-        return [name for name, row in zip(self.classes, self.trial.test.confusion, strict=True) if not sum(row)]
-
-    def most_confused(self, most: int) -> list[int]:
-        """The labels of at most `most` classes, those with the most mistakes, in order."""
-        counts = self.trial.test.confusion
-        mistakes = [sum(row) + sum(other[label] for other in counts) - 2 * row[label] for label, row in enumerate(counts)]
-        return sorted(sorted(range(len(counts)), key=lambda label: -mistakes[label])[:most])
-
-    @property
-    def by_class(self) -> list[tuple[str, float, int, str]]:
-        """The tested classes, the lowest accuracy first: name, accuracy, number of test images, and what it is mistaken for."""
-        rows = []
-        for label, (name, value) in enumerate(self.trial.test.per_class.items()):
-            counts = dict(enumerate(self.trial.test.confusion[label]))
-            mistakes = {other: count for other, count in counts.items() if count and other != label}
-            if value is not None:
-                mistaken = self.classes[max(mistakes, key=mistakes.get)] if mistakes else ""
-                rows.append((name, value, sum(counts.values()), mistaken))
-        return sorted(rows, key=itemgetter(1))
 
 
 def _most_accurate(trials: Iterable[TrialResult]) -> TrialResult | None:
@@ -251,15 +212,26 @@ def tested_rows(result: Result) -> list[dict[str, str]]:
     for one in result.tested:
         row = {"image": one.name, "true class": result.classes[one.true], "predicted class": result.classes[one.predicted]}
         row |= {"correct": "yes" if one.is_right else "no", "probability": f"{one.confidence:.6g}"}
-        for rank, (label, value) in enumerate(one.top[1:RUNNERS_UP], start=2):
-            row |= {f"class {rank}": result.classes[int(label)], f"probability {rank}": f"{value:.6g}"}
-        rows.append(row)
+        runners_up = [(result.classes[int(label)], value) for label, value in one.top[1:RUNNERS_UP]]
+        rows.append(row | _ranked(runners_up, 2))
     return rows
 
 
-def write_table(rows: Sequence[Mapping[str, str]], path: Path | None = None) -> Path:
-    """Write a CSV file whose cells a spreadsheet does not evaluate as formulas; by default a new one for download."""
-    path = path or Path(tempfile.mkdtemp(dir=_folder())) / "predictions.csv"
+def predicted_table(rows: Sequence[Mapping[str, Any]]) -> Path | None:
+    """A new CSV file with a row for each image that was classified; None if none was."""
+    table = [{"image": row["image"]} | _ranked(row["top"], 1) for row in rows if "class" in row]
+    return write_table(table, Path(tempfile.mkdtemp(dir=_folder())) / "predictions.csv") if table else None
+
+
+def _ranked(likely: Iterable[tuple[str, float]], first: int) -> dict[str, str]:
+    cells = {}
+    for rank, (name, value) in enumerate(likely, first):
+        cells |= {f"class {rank}": name, f"probability {rank}": f"{value:.6g}"}
+    return cells
+
+
+def write_table(rows: Sequence[Mapping[str, str]], path: Path) -> Path:
+    """Write a CSV file whose cells a spreadsheet does not evaluate as formulas; returns `path`."""
     # File names need not be valid UTF-8.
     pd.DataFrame(rows).map(harmless).to_csv(path, index=False, errors="backslashreplace")
     return path
@@ -287,14 +259,11 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
     folders, added = {one.name: one.folder for one in dataset.content().classes}, Added()
     if missing := [name for name in files if name not in folders]:
         raise InputError(f"The class {missing[0]} is no longer in the dataset. Add it again under Images.")
-    for name, paths in files.items():
-        added.extend(add_images(dataset, paths, folders[name], "train"))
+    add_groups(dataset, [(folders[name], "train", paths) for name, paths in files.items()], added)
     if not added.names:
         raise InputError(f"None of the images could be added: {added.refused[0]}")
-    options = launching.duplicate(workspace, record.path.name)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in DATASET_OPTIONS}
-    all_images = {"data": {"shots": ["all"]}}
-    values = fitted(uploaded_classes(dataset), merged({**options, "data": data}, all_images), all_images)
+    options, all_images = launching.duplicate(workspace, record.path.name), {"data": {"shots": [ALL]}}
+    values = uploaded_classes(dataset).fitted(merged(without(options, {"data": DATASET_OPTIONS}), all_images), all_images)
     return dataset.folder.name, launching.start(workspace, "classify", values)
 
 

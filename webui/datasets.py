@@ -26,7 +26,10 @@ from pydantic import TypeAdapter
 
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
+from pipelines.fewshot.data import LabelledSet, rename
+from pipelines.fewshot.loading import load_folder
 from pipelines.text_files import write_text_atomically
+from pipelines.untrusted_images import UploadedImage
 from webui.workspace import Workspace
 
 SET, SPLIT, LOCK = "set.json", "split.json", ".lock"
@@ -35,7 +38,6 @@ POINTER = "folder.json"
 EXAMPLE_SUBJECT = ASSETS / "sample-subject"
 MAX_CLASSES, CAPTION_LENGTH, NAME_LENGTH = 500, 500, 100
 TEST_SHARE = 0.3
-GONE, CLASS_GONE = "These images no longer exist. Add them again.", "This class no longer exists. Reload the page."
 
 
 @dataclass
@@ -114,7 +116,12 @@ class DatasetContent:
         for one in self.classes:
             if one.folder == folder:
                 return one
-        raise InputError(CLASS_GONE)
+        raise InputError("This class no longer exists. Reload the page.")
+
+    def read_local_folder(self) -> LabelledSet:
+        """The classes in `local_folder`. Raises: InputError if it, or a class's new name, cannot be used."""
+        labelled = load_folder(self.local_folder)
+        return rename(labelled, {key: name for key, name in self.class_names.items() if key in labelled.keys})
 
 
 CONTENT = TypeAdapter(DatasetContent)
@@ -183,7 +190,7 @@ class Dataset:
                 if self.folder.is_dir():
                     yield
                     return
-        raise InputError(GONE)
+        raise InputError("These images no longer exist. Add them again.")
 
     def editable(self, workspace: Workspace) -> Dataset:
         """This dataset of photos, or a copy if it must not be changed."""
@@ -225,9 +232,8 @@ class Dataset:
         with self.change() as content:
             for group, image in [content.find(file) for file in dict.fromkeys(files)]:
                 group.images.remove(image)
-            for file in files:
-                for path in _with_caption(self.folder / file):
-                    path.unlink(missing_ok=True)
+                for path in _with_caption(self.folder / image.file):
+                    path.unlink()
 
     def set_caption(self, file: str, caption: str) -> None:
         """Set the caption of an image in set.json and in the .txt file that training reads; empty to remove it.
@@ -263,9 +269,12 @@ class Dataset:
 
     def rename_class(self, folder: str, name: str) -> None:
         """Rename a class; its folder stays. Raises: InputError if it does not exist or the name is empty or taken."""
-        name = _class_name(name)
         with self.change() as content:
-            renamed = content.class_in(folder)
+            if content.local_folder is not None:
+                content.class_names[folder] = name.strip()
+                content.read_local_folder()
+                return
+            renamed, name = content.class_in(folder), _class_name(name)
             if any(one is not renamed and one.name.casefold() == name.casefold() for one in content.classes):
                 raise InputError(f"There is already a class called {name}. Choose another name, or move the images to it.")
             renamed.name = name
@@ -276,27 +285,26 @@ class Dataset:
             content.classes.remove(content.class_in(folder))
             shutil.rmtree(self.folder / folder, ignore_errors=True)
 
-    def move_to_class(self, file: str, folder: str) -> str:
-        """Move an image to the end of a class; returns its new file. Raises: InputError if the image or class does not exist."""
+    def move_to_class(self, files: Collection[str], folder: str) -> list[str]:
+        """Move images to the end of a class; returns their new files. Raises: InputError if an image or class does not exist."""
         with self.change() as content:
-            (source, image), target = content.find(file), content.class_in(folder)
-            if source is target:
-                return file
-            source.images.remove(image)
-            image.file = self._renamed(file, target)
-            target.images.append(image)
-            return image.file
+            target, moved = content.class_in(folder), [content.find(file) for file in dict.fromkeys(files)]
+            for group, image in moved:
+                group.images.remove(image)
+                image.file = self._renamed(image.file, target)
+                target.images.append(image)
+            return [image.file for _, image in moved]
 
-    def store(self, group: ImageGroup, image: DatasetImage, content: bytes, suffix: str) -> DatasetImage:
+    def store(self, group: ImageGroup, entry: DatasetImage, image: UploadedImage) -> DatasetImage:
         """Write a new image and its caption under the next name of `group`; the caller adds it to the images of `group`."""
-        image.file = group.next_file(suffix)
-        path = self.folder / image.file
+        entry.file = group.next_file(image.suffix)
+        path = self.folder / entry.file
         temporary = path.with_name(f".{path.name}")
-        temporary.write_bytes(content)
+        temporary.write_bytes(image.content)
         temporary.replace(path)
-        if image.caption:
-            write_text_atomically(path.with_suffix(".txt"), image.caption)
-        return image
+        if entry.caption:
+            write_text_atomically(path.with_suffix(".txt"), entry.caption)
+        return entry
 
     def _renamed(self, file: str, group: ImageGroup) -> str:
         """The next name of `group`, which an image and its caption get."""
@@ -322,20 +330,12 @@ def _read(path: Path) -> dict[str, Any]:
 def _upgraded(folder: Path, stored: dict[str, Any]) -> dict[str, Any]:
     """set.json of an earlier version, which kept the split, the seal and the local folder in files of their own."""
     parts = {file: part for part, listed in _read(folder / SPLIT).items() for file, _ in listed}
+    for group in (stored, *stored.get("classes", ())):
+        images = group.get("images", group.get("pictures", ()))
+        group["images"] = [{**image, "part": parts.get(image["file"], "")} for image in images]
     pointer = _read(folder / POINTER)
-
-    def group(entry: dict[str, Any]) -> dict[str, Any]:
-        images = entry.get("images", entry.get("pictures", ()))
-        return {**entry, "images": [{**image, "part": parts.get(image["file"], "")} for image in images]}
-
-    return {
-        "photos": group(stored),
-        "classes": [group(one) for one in stored.get("classes", ())],
-        "next_class": stored.get("next_class", 0),
-        "is_sealed": (folder / ".sealed").exists(),
-        "local_folder": pointer.get("path"),
-        "class_names": pointer.get("names", {}),
-    }
+    local = {"local_folder": pointer.get("path"), "class_names": pointer.get("names", {})}
+    return {**stored, **local, "photos": stored, "is_sealed": (folder / ".sealed").exists()}
 
 
 def _with_caption(path: Path) -> list[Path]:

@@ -107,6 +107,17 @@ class RunSettings:
     class_word: str | None = None
     scenes: list[str] | None = None
 
+    @classmethod
+    def of_run(cls, options: Values) -> RunSettings:
+        """The words of the prompts of an earlier run with these options."""
+        words = PROMPT.fullmatch(options.get("data", {}).get("instance_prompt") or SAMPLE_PROMPT)
+        settings = cls(trigger=words[1], class_word=words[2]) if words else cls()
+        prompts = options.get("output", {}).get("validation_prompt")
+        if prompts in (None, settings.prompts):
+            return settings
+        scenes = [text.removeprefix(f"{settings.prompt} ") for text in prompts if text != settings.prompt]
+        return replace(settings, scenes=scenes)
+
     @property
     def kind(self) -> str:
         """The class word; empty if it must be entered first."""

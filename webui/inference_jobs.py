@@ -12,8 +12,7 @@ import logging
 import os
 import socket
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +22,11 @@ import torch
 from nora_vision.files import AdapterFileError
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
-from pipelines.fewshot.data import LabelledSet, rename
+from pipelines.fewshot.data import LabelledSet
 from pipelines.fewshot.feature_cache import FeatureCache
-from pipelines.fewshot.loading import load_folder, load_images
+from pipelines.fewshot.loading import load_images
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
-from pipelines.fewshot.shots import split_notes
 from pipelines.fewshot.sources import DatasetSource
 from pipelines.images import read_image
 from pipelines.subject import lora_files
@@ -43,10 +41,10 @@ from training.runs.record import RunRecord
 from training.runs.snapshot import read_cached
 from training.subject.exported import write_export
 from training.subject.preview import CropPreview, crop_previews, truncated_prompts
-from webui.datasets import Dataset, num_test_images
+from webui.datasets import Dataset
 from webui.generation import LAYOUTS, GeneratedImages, Layout
 from webui.inference_worker import CheckedImage, CheckedImages, Crop, ZeroShotAccuracy, serve
-from webui.labelled_datasets import LabelledClass, LabelledClasses
+from webui.labelled_datasets import LabelledClasses
 from webui.uploads import display_name
 from webui.workspace import Workspace
 
@@ -171,30 +169,9 @@ def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
     return truncated_prompts(options, [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption])
 
 
-def example_classes() -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    """The classes of scikit-learn's handwritten digits, and sentences on how they were read."""
-    return _classes(sample_set())
-
-
-def folder_classes(path: Path, names: Mapping[str, str]) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    """The class folders in `path`, with the classes in `names` renamed, and sentences on how they were read.
-
-    Raises: InputError if the folder cannot be used, or two classes would have the same name.
-    """
-    dataset = load_folder(path)
-    return _classes(rename(dataset, {key: name for key, name in names.items() if key in dataset.keys}))
-
-
-def _classes(dataset: LabelledSet) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
-    images: list[list[DatasetSource]] = [[] for _ in dataset.classes]
-    for image in dataset.images:
-        images[image.label].append(image.source)
-    tested = Counter(image.label for image in dataset.of_part("test"))
-    classes = []
-    for label, (key, name, sources) in enumerate(zip(dataset.keys, dataset.classes, images, strict=True)):
-        num_tested = tested[label] if dataset.parts else num_test_images(len(sources))
-        classes.append(LabelledClass(key, name, tuple(sources), len(sources) - num_tested))
-    return tuple(classes), (*dataset.notes, *split_notes(dataset))
+def digits() -> LabelledSet:
+    """The classes of scikit-learn's handwritten digits."""
+    return sample_set()
 
 
 def dataset_image(path: str | None, dataset: str | None, name: str) -> DatasetSource | None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
-from pipelines.fewshot.archives import ZipLimits, read_zip
+from pipelines.fewshot.data import LabelledImage, LabelledSet, find_duplicates
 from pipelines.fewshot.layouts import counted, is_or_are
+from pipelines.fewshot.loading import load_folder, load_zip
+from pipelines.fewshot.shots import MOST_VALIDATION, split_notes
 from pipelines.fewshot.sources import DatasetSource, ImageFile
-from webui.datasets import CLASS_GONE, POINTER, SET, Dataset, DatasetContent, num_test_images
+from training.options.fewshot import ALL, BUILT_IN_ITERATIONS
+from training.options.values import Values, merged
+from webui.datasets import POINTER, SET, Dataset, DatasetContent, num_test_images
 from webui.inference_worker import WORKER
 from webui.workspace import Workspace
 
@@ -27,6 +30,8 @@ EXAMPLES: dict[str, tuple[str, Path | None]] = {
 # A class needs at least one image each for training, validation and test; with fewer than FEW the accuracy is a rough estimate.
 # UNEVEN is a ratio of class sizes.
 FEWEST, FEW, UNEVEN = 3, 10, 5
+# The most steps of a preset with the built-in model.
+MOST_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,14 @@ class LabelledClasses:
         return sum(len(one.images) for one in self.classes)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a run can be started on them."""
-        return len(self.classes) > 1 and all(len(one.images) >= FEWEST and one.learnable for one in self.classes)
+    def num_tested(self) -> int:
+        """The number of test images."""
+        return self.count - sum(one.learnable for one in self.classes)
 
-    def class_named(self, key: str) -> LabelledClass:
-        """The class with this key. Raises: InputError if there is none."""
-        for one in self.classes:
-            if one.key == key:
-                return one
-        raise InputError(CLASS_GONE)
+    @property
+    def fewest(self) -> int:
+        """The number of images of the smallest class that are not for testing, at least 1."""
+        return max(1, min((one.learnable for one in self.classes), default=0))
 
     def data_options(self) -> dict[str, object]:
         """The options of the group `data` that name the images and the renamed classes."""
@@ -88,30 +91,61 @@ class LabelledClasses:
         renamed = [f"{one.key}={one.name}" for one in self.classes if one.key != one.name]
         return {"data_dir": str(self.data_dir.absolute()), **({"class_names": renamed} if renamed else {})}
 
-    def warnings(self) -> list[str]:
-        """Sentences on what prevents training or lowers the accuracy."""
-        counts = {one.name: len(one.images) for one in self.classes}
-        if not counts:
+    def fitted(self, values: Values, chosen: Values) -> Values:
+        """The options of a run on them.
+
+        Args:
+            values: options of the preset and the user.
+            chosen: the user's options only, which are not adapted to the number of images.
+        """
+        shots, added = values.get("data", {}).get("shots", [ALL]), {"data": self.data_options()}
+        if "shots" not in chosen.get("data", {}):
+            # Numbers of images per class that every class has, besides those for validation.
+            shots = [one for one in shots if one == ALL or int(one) + min(int(one), MOST_VALIDATION) <= self.fewest] or [ALL]
+            added["data"]["shots"] = shots
+        is_bounded = "model" not in values.get("model", {}) and "iterations_per_shot" not in chosen.get("optimisation", {})
+        if is_bounded and shots == [ALL] and BUILT_IN_ITERATIONS * self.fewest > MOST_STEPS:
+            # Fewer steps for each of many images, so that training on all of them does not take hours.
+            added["optimisation"] = {"iterations_per_shot": max(1, MOST_STEPS // self.fewest)}
+        return merged(values, added)
+
+    @cached_property
+    def problems(self) -> list[str]:
+        """Sentences on what prevents training."""
+        if not self.classes:
             return ["There are no classes yet. Add a zip of class folders, or name a class and add its images."]
-        said = ["There is only one class. A classifier needs at least two. Add another."] if len(counts) == 1 else []
-        for name in (name for name, count in counts.items() if count < FEWEST):
-            said.append(f"{name} has {counted(counts[name])}. Training needs at least {FEWEST} per class. Add more.")
-        if names := [one.name for one in self.classes if len(one.images) >= FEWEST and not one.learnable]:
-            said.append(f"All images of {_listed(names)} are test images. Add images for training.")
-        return [*said, *_rough(counts)]
+        only = ["There is only one class. A classifier needs at least two. Add another."] if len(self.classes) == 1 else []
+        counts = [(one.name, len(one.images)) for one in self.classes if len(one.images) < FEWEST]
+        few = [f"{name} has {counted(count)}. Training needs at least {FEWEST} per class. Add more." for name, count in counts]
+        tested = [one.name for one in self.classes if len(one.images) >= FEWEST and not one.learnable]
+        return [*only, *few, *([f"All images of {_listed(tested)} are test images. Add images for training."] if tested else [])]
+
+    def check(self) -> None:
+        """Raises: InputError if no run can be started on them."""
+        if self.problems:
+            raise InputError(self.problems[0])
+
+    def warnings(self) -> list[str]:
+        """Sentences on what prevents training or lowers the accuracy; none for an example."""
+        counts = {one.name: len(one.images) for one in self.classes}
+        if self.kind == "example" or not counts:
+            return list(self.problems)
+        sentences = list(self.problems)
+        if rough := [name for name, count in counts.items() if FEWEST <= count < FEW]:
+            sentences.append(
+                f"{_listed(rough)} {'has' if len(rough) == 1 else 'have'} fewer than {FEW} images. Training works, but 30% of "
+                "them are test images, so the measured accuracy is only a rough estimate."
+            )
+        least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+        if counts[most] > UNEVEN * max(1, counts[least]):
+            both = f"{counts[most]} and {counts[least]}"
+            sentences.append(f"{most} has many more images than {least} ({both}). Add images of {least}.")
+        return sentences + self.duplicates()
 
     def duplicates(self) -> list[str]:
         """A sentence for each group of classes that share identical images, which training leaves out."""
-        by_size: defaultdict[int, list[tuple[str, DatasetSource]]] = defaultdict(list)
-        for one in self.classes:
-            for source in one.images:
-                by_size[source.size()].append((one.name, source))
-        by_content: defaultdict[bytes, set[str]] = defaultdict(set)
-        for group in by_size.values():
-            if len({name for name, _ in group}) > 1:
-                for name, source in group:
-                    by_content[hashlib.sha256(source.content()).digest()].add(name)
-        shared = Counter(tuple(sorted(names)) for names in by_content.values() if len(names) > 1)
+        images = [LabelledImage(source, label, one.name) for label, one in enumerate(self.classes) for source in one.images]
+        shared = Counter(each.classes for each in find_duplicates(images) if each.conflicting)
         return [
             f"{counted(count)} {is_or_are(count)} in more than one class: {_listed(names)}. Training leaves such images out. "
             "Remove them from the wrong classes."
@@ -119,60 +153,54 @@ class LabelledClasses:
         ]
 
 
-def _rough(counts: Mapping[str, int]) -> Iterator[str]:
-    """Sentences on what makes the measured accuracy of classes with so many images a rough estimate."""
-    if names := [name for name, count in counts.items() if FEWEST <= count < FEW]:
-        yield (
-            f"{_listed(names)} {'has' if len(names) == 1 else 'have'} fewer than {FEW} images. Training works, but 30% of them "
-            "are test images, so the measured accuracy is only a rough estimate."
-        )
-    least, most = min(counts, key=counts.get), max(counts, key=counts.get)
-    if counts[most] > UNEVEN * max(1, counts[least]):
-        yield f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). Add images of {least}."
-
-
-def class_datasets(workspace: Workspace) -> list[str]:
-    """The ids of the user's datasets with classes, and of those that refer to a local folder, newest first."""
+def class_datasets(workspace: Workspace) -> dict[str, DatasetContent]:
+    """The user's datasets with classes, and those that refer to a local folder, newest first, by their ids."""
     stored = {path.parent for name in (SET, POINTER) for path in workspace.sets.glob(f"*/{name}")}
     folders = [folder for folder in sorted(stored, reverse=True) if not folder.is_symlink()]
-    contents = [(folder.name, Dataset(folder).content()) for folder in folders]
-    return [set_id for set_id, content in contents if content.classes or content.local_folder is not None]
+    contents = {folder.name: Dataset(folder).content() for folder in folders}
+    return {set_id: content for set_id, content in contents.items() if content.classes or content.local_folder is not None}
 
 
-def title(workspace: Workspace, set_id: str) -> str:
-    """The display name of a dataset with classes."""
-    if set_id in EXAMPLES:
-        return EXAMPLES[set_id][0]
-    content = Dataset.of(workspace, set_id).content()
-    if content.local_folder is not None:
-        return f"Folder {content.local_folder.name}"
-    names = [one.name for one in content.classes]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} ({len(content.images())} images)"
+def titles(workspace: Workspace) -> dict[str, str]:
+    """The display names of the examples and of the user's datasets with classes, by their ids."""
+    by_id = {name: title for name, (title, _) in EXAMPLES.items()}
+    for set_id, content in class_datasets(workspace).items():
+        names = [one.name for one in content.classes]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        title = f"{', '.join(names[:3])}{more} ({len(content.images())} images)"
+        by_id[set_id] = title if content.local_folder is None else f"Folder {content.local_folder.name}"
+    return by_id
 
 
 def find_classes(workspace: Workspace, set_id: str) -> LabelledClasses:
     """The classes of a dataset. Raises: InputError if it, or the local folder that it refers to, is gone or cannot be used."""
     if set_id in EXAMPLES:
-        return LabelledClasses(set_id, "example", EXAMPLES[set_id][1], *_example(set_id))
+        return _example(set_id)
     dataset = Dataset.of(workspace, set_id)
     content = dataset.content()
     if content.local_folder is None:
         return uploaded_classes(dataset)
     _check_local(workspace)
-    return read_local_folder(set_id, content)
+    return _read(set_id, "folder", content.local_folder, content.read_local_folder())
 
 
 @lru_cache(maxsize=len(EXAMPLES))
-def _example(name: str) -> tuple[tuple[LabelledClass, ...], tuple[str, ...]]:
+def _example(name: str) -> LabelledClasses:
     path = EXAMPLES[name][1]
-    if path is None:
-        return WORKER.call("example_classes")
-    # Read here, so that it is shown before the worker has started.
-    images: defaultdict[str, list[DatasetSource]] = defaultdict(list)
-    for source in read_zip(path, ZipLimits()).files:
-        images[source.name.partition("/")[0]].append(source)
-    return tuple(LabelledClass(name, name, tuple(of), len(of) - num_test_images(len(of))) for name, of in images.items()), ()
+    # A zip is read here, so that it is shown before the worker has started.
+    return _read(name, "example", path, WORKER.call("digits") if path is None else load_zip(path))
+
+
+def _read(set_id: str, kind: Literal["example", "folder"], path: Path | None, labelled: LabelledSet) -> LabelledClasses:
+    images, classes = defaultdict(list), []
+    for image in labelled.images:
+        images[image.label].append(image.source)
+    num_tested = Counter(image.label for image in labelled.of_part("test"))
+    for label, (key, name) in enumerate(zip(labelled.keys, labelled.classes, strict=True)):
+        count = len(images[label])
+        num_learnable = count - (num_tested[label] if labelled.parts else num_test_images(count))
+        classes.append(LabelledClass(key, name, tuple(images[label]), num_learnable))
+    return LabelledClasses(set_id, kind, path, tuple(classes), (*labelled.notes, *split_notes(labelled)))
 
 
 def uploaded_dataset(workspace: Workspace, set_id: str | None) -> Dataset | None:
@@ -183,22 +211,11 @@ def uploaded_dataset(workspace: Workspace, set_id: str | None) -> Dataset | None
 
 def uploaded_classes(dataset: Dataset) -> LabelledClasses:
     """The classes of an uploaded dataset."""
-    classes = [
-        LabelledClass(
-            one.folder,
-            one.name,
-            tuple(ImageFile(image.file, dataset.folder) for image in one.images),
-            sum(image.part == "train" for image in one.images),
-        )
-        for one in dataset.content().classes
-    ]
+    classes = []
+    for one in dataset.content().classes:
+        images = tuple(ImageFile(image.file, dataset.folder) for image in one.images)
+        classes.append(LabelledClass(one.folder, one.name, images, sum(image.part == "train" for image in one.images)))
     return LabelledClasses(dataset.folder.name, "own", dataset.folder, tuple(classes))
-
-
-def read_local_folder(set_id: str, content: DatasetContent) -> LabelledClasses:
-    """The class folders of `content.local_folder`. Raises: InputError if they or their new names cannot be used."""
-    classes_and_notes = WORKER.call("folder_classes", content.local_folder, content.class_names)
-    return LabelledClasses(set_id, "folder", content.local_folder, *classes_and_notes)
 
 
 def point_to(workspace: Workspace, path: str) -> str:
@@ -210,21 +227,11 @@ def point_to(workspace: Workspace, path: str) -> str:
     folder = Path(path.strip()).expanduser().absolute()
     if not path.strip() or not folder.is_dir():
         raise InputError(f"There is no folder {path.strip()!r} on this machine. Enter the path of a folder of class folders.")
-    read_local_folder("", DatasetContent(local_folder=folder))
+    load_folder(folder)
     dataset = Dataset(workspace.new_image_set())
     with dataset.change() as content:
         content.local_folder = folder
     return dataset.folder.name
-
-
-def rename_class(dataset: Dataset, key: str, name: str) -> None:
-    """Rename a class; a local folder itself is not changed. Raises: InputError if the name is empty or taken."""
-    if dataset.content().local_folder is None:
-        dataset.rename_class(key, name)
-        return
-    with dataset.change() as content:
-        content.class_names[key] = name.strip()
-        read_local_folder(dataset.folder.name, content)
 
 
 def dataset_in(workspace: Workspace, folder: str | None) -> str | None:
@@ -232,11 +239,10 @@ def dataset_in(workspace: Workspace, folder: str | None) -> str | None:
     for name, (_, path) in EXAMPLES.items():
         if folder == (None if path is None else str(path.absolute())):
             return name
-    path = Path(folder)
-    if workspace.is_image_set(path):
-        return path.name if (path / SET).is_file() else None
-    ids = class_datasets(workspace)
-    return next((one for one in ids if Dataset.of(workspace, one).content().local_folder == path), None)
+    if workspace.is_image_set(folder):
+        return workspace.set_in(folder)
+    datasets = class_datasets(workspace)
+    return next((set_id for set_id, content in datasets.items() if content.local_folder == Path(folder)), None)
 
 
 def _check_local(workspace: Workspace) -> None:

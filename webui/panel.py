@@ -11,11 +11,9 @@ from pipelines.errors import InputError
 from pipelines.methods import equation_of, method_names, title_of
 from training.options.values import Values, defaults, groups, merged, without
 from webui.context import QUIET, AppContext
-from webui.draft import Draft
-from webui.form_schema import GROUP_TITLES, METHOD, OptionError, form_fields, typed, validated, written
+from webui.form_schema import GROUP_TITLES, METHOD, OptionError, form_fields, typed, written
 from webui.render import macros, parts, render
-from webui.tasks import Task
-from webui.workspace import Workspace
+from webui.tasks import Plan
 
 SCRIPT = Path(__file__).with_name("form.js").read_text(encoding="utf-8")
 STORE_OPTIONS = "(draft) => withSettings(draft, '{task}', {{options: trainingOptions.{task}}})"
@@ -23,7 +21,7 @@ STORE_FIELD = "(draft, value) => withSettings(draft, '{task}', {{{name}: {value}
 
 
 def store(
-    task: Task, draft: gr.BrowserState, component: gr.components.Component, name: str, *events: Any, value: str = "value"
+    task: str, draft: gr.BrowserState, component: gr.components.Component, name: str, *events: Any, value: str = "value"
 ) -> None:
     """Store the value of a component as the setting `name` when the user changes it, in the browser alone.
 
@@ -31,30 +29,29 @@ def store(
         events: by default input.
         value: the setting, in JavaScript.
     """
-    js = STORE_FIELD.format(task=task.name, name=name, value=value)
+    js = STORE_FIELD.format(task=task, name=name, value=value)
     gr.on(list(events) or [component.input], None, [draft, component], [draft], js=js, api_visibility="private")
 
 
-def form_key(task: Task, workspace: Workspace, draft: Draft) -> str:
+def form_key(plan: Plan) -> str:
     """Differs whenever the settings on the page belong to another dataset, or were replaced."""
-    return f"{task.key(workspace, draft)}/{draft.version}"
+    return f"{plan.key}/{plan.draft.version}"
 
 
-def form_state(task: Task, workspace: Workspace, draft: Draft) -> dict[str, Any]:
+def form_state(plan: Plan) -> dict[str, Any]:
     """What the form shows beside the user's values, which it shows only if its key has changed."""
-    settings, num_images = task.settings(workspace, draft), task.num_images(workspace, draft)
-    preset = task.preset(settings)
-    before = merged(defaults(task.name), preset.options(num_images))
-    errors, resolved = _errors_and_resolved(task, workspace, draft)
-    (methods,) = [fields[METHOD] for fields in merged(before, settings.options).values() if METHOD in fields]
+    preset, num_images, options = plan.preset, plan.num_images, plan.settings.options
+    before = merged(defaults(plan.task), preset.options(num_images))
+    errors, resolved = _errors_and_resolved(plan)
+    (methods,) = [fields[METHOD] for fields in merged(before, options).values() if METHOD in fields]
     notes = {each.option: f"{preset.name}: {each.reason}" for each in preset.of(num_images)}
     if methods in method_names():
         notes[f"adapter.{METHOD}"] = f"{title_of(methods)}: {equation_of(methods)}"
     return {
-        "key": form_key(task, workspace, draft),
-        "set": task.key(workspace, draft),
-        "values": settings.options,
-        "base": _base(task, workspace, before, without(resolved, settings.options)),
+        "key": form_key(plan),
+        "set": plan.key,
+        "values": options,
+        "base": _base(plan, before, without(resolved, options)),
         "sources": {each.option: preset.name for each in preset.of(num_images)},
         "notes": notes,
         "errors": errors,
@@ -62,10 +59,10 @@ def form_state(task: Task, workspace: Workspace, draft: Draft) -> dict[str, Any]
     }
 
 
-def _base(task: Task, workspace: Workspace, before: Values, resolved: Values) -> dict[str, Any]:
+def _base(plan: Plan, before: Values, resolved: Values) -> dict[str, Any]:
     """What an empty field means: the value of the preset, the default, or what the trainer decides; choices as they are."""
     base = {}
-    for group, fields in form_fields(task.name, workspace.is_local).items():
+    for group, fields in form_fields(plan.task, plan.workspace.is_local).items():
         for field in fields:
             value = before[group][field.name]
             value = resolved.get(group, {}).get(field.name) if value is None else value
@@ -73,36 +70,36 @@ def _base(task: Task, workspace: Workspace, before: Values, resolved: Values) ->
     return {option: value for option, value in base.items() if value}
 
 
-def _errors_and_resolved(task: Task, workspace: Workspace, draft: Draft) -> tuple[dict[str, str], Values]:
+def _errors_and_resolved(plan: Plan) -> tuple[dict[str, str], Values]:
     """The errors by option, "" for those of several options together; and all options of the run, none if there are errors."""
     errors: dict[str, str] = {}
-    for group, fields in task.settings(workspace, draft).options.items():
-        for name in fields.keys() & groups(task.name).get(group, {}).keys():
+    for group, fields in plan.settings.options.items():
+        for name in fields.keys() & groups(plan.task).get(group, {}).keys():
             try:
-                typed(groups(task.name)[group][name], fields[name])
+                typed(groups(plan.task)[group][name], fields[name])
             except InputError as error:
                 errors[f"{group}.{name}"] = str(error)
     if errors:
         return errors, {}
     try:
-        return {}, validated(workspace, task.name, task.values(workspace, draft))[1].to_dict()
+        return {}, plan.checked[1].to_dict()
     except OptionError as error:
         return {error.option: str(error)}, {}
     except InputError as error:
         return {"": str(error)}, {}
 
 
-def build_settings(task: Task, draft: gr.BrowserState, is_local: bool, prefix: str) -> list[gr.components.Component]:
+def build_settings(plan: type[Plan], draft: gr.BrowserState, is_local: bool, prefix: str) -> list[gr.components.Component]:
     """Put the preset, its reasons, the form and the command into the page; `settings_updates` updates them."""
-    choices = [(f"{preset.name}: {preset.summary}", preset.name) for preset in task.presets]
-    preset = gr.Radio(choices, value=task.default_preset, label="Preset", elem_id=f"{prefix}-preset")
-    store(task, draft, preset, "preset")
+    choices = [(f"{preset.name}: {preset.summary}", preset.name) for preset in plan.presets]
+    preset = gr.Radio(choices, value=plan.default_preset, label="Preset", elem_id=f"{prefix}-preset")
+    store(plan.task, draft, preset, "preset")
     reasons = gr.HTML(elem_id=f"{prefix}-reasons")
-    by_group = [(group, GROUP_TITLES[group], fields) for group, fields in form_fields(task.name, is_local).items()]
+    by_group = [(group, GROUP_TITLES[group], fields) for group, fields in form_fields(plan.task, is_local).items()]
     form = gr.HTML(
-        render("form.html", task=task.name, groups=by_group), js_on_load=SCRIPT, elem_id=f"{task.name}-form", state=None
+        render("form.html", task=plan.task, groups=by_group), js_on_load=SCRIPT, elem_id=f"{plan.task}-form", state=None
     )
-    form.input(None, [draft], [draft], js=STORE_OPTIONS.format(task=task.name), api_visibility="private")
+    form.input(None, [draft], [draft], js=STORE_OPTIONS.format(task=plan.task), api_visibility="private")
     with gr.Accordion("Command", open=False, elem_id=f"{prefix}-command-shown"):
         gr.HTML(parts.note("Train runs exactly this command. You can also run it in a terminal."))
         command = gr.Code(
@@ -111,22 +108,20 @@ def build_settings(task: Task, draft: gr.BrowserState, is_local: bool, prefix: s
     return [preset, reasons, form, command]
 
 
-def settings_updates(task: Task, workspace: Workspace, draft: Draft) -> tuple[Any, ...]:
+def settings_updates(plan: Plan) -> tuple[Any, ...]:
     """The updates of the components of `build_settings`."""
-    preset = task.preset(task.settings(workspace, draft))
-    by_group = form_fields(task.name, workspace.is_local)
+    by_group = form_fields(plan.task, plan.workspace.is_local)
     labels = {f"{group}.{field.name}": field.label for group, fields in by_group.items() for field in fields}
-    values = preset.of(task.num_images(workspace, draft))
-    rows = [(f"{labels[each.option]} {written(each.value)}", each.reason) for each in values]
+    rows = [(f"{labels[each.option]} {written(each.value)}", each.reason) for each in plan.preset.of(plan.num_images)]
     try:
-        command = task.command(workspace, draft)
+        command = plan.command
     except InputError as error:
         command = f"# {' '.join(str(error).split())}"
-    reasons = macros("check.html").preset(preset.purpose, rows)
-    return preset.name, reasons, gr.HTML(state=form_state(task, workspace, draft)), command
+    reasons = macros("check.html").preset(plan.preset.purpose, rows)
+    return plan.preset.name, reasons, gr.HTML(state=form_state(plan)), command
 
 
-def build_plan(context: AppContext, task: Task, draft: gr.BrowserState, changed: gr.State, tab: str) -> gr.HTML:
+def build_plan(context: AppContext, plan: type[Plan], draft: gr.BrowserState, changed: gr.State, tab: str) -> gr.HTML:
     """Put the line into the screen `tab` that says what Train will do, or why it cannot start."""
     line = gr.HTML(elem_id=f"{tab}-plan")
 
@@ -134,7 +129,7 @@ def build_plan(context: AppContext, task: Task, draft: gr.BrowserState, changed:
         if active_tab != tab:
             return gr.skip()
         try:
-            return parts.note(task.describe(context.settings.workspace(request), Draft.from_browser(stored)))
+            return parts.note(plan.of(context.settings.workspace(request), stored).describe())
         except InputError as error:
             return parts.note(str(error))
 

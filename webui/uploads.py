@@ -11,10 +11,11 @@ import secrets
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from PIL import Image
 
@@ -68,17 +69,12 @@ class Added:
     refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def extend(self, other: Added) -> None:
-        """Append the result of another upload."""
-        self.names += other.names
-        self.refused += other.refused
-        self.notes += other.notes
-
-    def summarise(self) -> None:
-        """Keep at most `SENTENCES` refusals and as many notes; one sentence replaces the others."""
+    def summarised(self) -> Added:
+        """It, with at most `SENTENCES` refusals and as many notes; one sentence replaces the others."""
         for sentences, rest in ((self.refused, "were left out for similar reasons"), (self.notes, "have similar notes")):
             if len(sentences) > SENTENCES:
                 sentences[SENTENCES - 1 :] = [f"{len(sentences) - SENTENCES + 1} further files {rest}."]
+        return self
 
 
 class FullError(InputError):
@@ -96,7 +92,6 @@ def add_images(
     files: Sequence[str | Path | DatasetSource],
     class_folder: str | None = None,
     part: str = "",
-    captions: Mapping[Path, str] | None = None,
 ) -> Added:
     """Add images to a dataset. Unusable files are refused; the others are added.
 
@@ -104,14 +99,12 @@ def add_images(
         files: uploaded files, or images of another dataset.
         class_folder: the folder of the class that they are added to; None for photos of a subject.
         part: "train" or "test"; by default, new images fill up the test share of the class.
-        captions: of some of the files.
     Raises: InputError if the dataset or the class is gone.
     """
-    sources, captions, added = [Path(file) if isinstance(file, str) else file for file in files], captions or {}, Added()
-    new = [(file, DatasetImage("", display_name(file.name), captions.get(file, ""), part)) for file in sources]
-    _add(dataset, new, class_folder, added)
-    added.summarise()
-    return added
+    sources = [Path(file) if isinstance(file, str) else file for file in files]
+    added = Added()
+    add_groups(dataset, [(class_folder, part, sources)], added)
+    return added.summarised()
 
 
 def add_zip(dataset: Dataset, file: str | Path) -> Added:
@@ -124,43 +117,48 @@ def add_zip(dataset: Dataset, file: str | Path) -> Added:
     Raises: InputError if the file is not a zip, exceeds a limit, has unsafe members or an ambiguous layout; nothing is added.
     """
     content = read_class_zip(Path(file), display_name(file), ZIP_LIMITS)
+    parts = {None: "", "test": "test"}
+    groups = ((dataset.add_class(name), parts.get(part, "train"), files) for (name, part), files in content.groups.items())
     added = Added(refused=content.refused, notes=content.notes)
-    for (name, part), members in content.groups.items():
-        group = "" if part is None else "test" if part == "test" else "train"
-        new = [(entry, DatasetImage("", display_name(entry.name), part=group)) for entry in members]
-        if not _add(dataset, new, dataset.add_class(name), added):
-            break
-    added.summarise()
-    return added
+    add_groups(dataset, groups, added)
+    return added.summarised()
 
 
-def _add(
-    dataset: Dataset, new: Sequence[tuple[Path | DatasetSource, DatasetImage]], class_folder: str | None, added: Added
-) -> bool:
-    """Write images to a dataset in batches, between which the lock is released; returns whether the quota sufficed."""
-    images = _readable(new, added)
-    while batch := list(islice(images, BATCH)):
-        with dataset.change() as content:
-            group = content.photos if class_folder is None else content.class_in(class_folder)
-            try:
-                check_quota(dataset.folder.parent, len(batch), sum(len(image.content) for image, _ in batch))
-            except FullError as error:
-                added.refused.append(str(error))
-                return False
-            for image, entry in batch:
-                group.images.append(dataset.store(group, entry, image.content, image.suffix))
-                added.names.append(entry.file)
-                added.notes += image.notes
-    return True
+def add_groups(
+    dataset: Dataset,
+    groups: Iterable[tuple[str | None, str, Sequence[Path | DatasetSource]]],
+    added: Added,
+    captions: Mapping[Path, str] = MappingProxyType({}),
+) -> None:
+    """Add images in batches, between which the lock is released, until the quota is used up.
+
+    Args:
+        groups: for each the folder of a class, or None; a part, as for `add_images`; and images.
+        added: gets the result.
+        captions: of some of the images.
+    Raises: InputError as `add_images`.
+    """
+    try:
+        for class_folder, part, files in groups:
+            images = _readable(files, added)
+            while batch := list(islice(images, BATCH)):
+                with dataset.change() as content:
+                    check_quota(dataset.folder.parent, len(batch), sum(len(image.content) for _, image in batch))
+                    group = content.photos if class_folder is None else content.class_in(class_folder)
+                    for file, image in batch:
+                        entry = DatasetImage("", display_name(file.name), captions.get(file, ""), part)
+                        group.images.append(dataset.store(group, entry, image))
+                        added.names.append(entry.file)
+                        added.notes += image.notes
+    except FullError as error:
+        added.refused.append(str(error))
 
 
-def _readable(
-    new: Sequence[tuple[Path | DatasetSource, DatasetImage]], added: Added
-) -> Iterator[tuple[UploadedImage, DatasetImage]]:
+def _readable(files: Sequence[Path | DatasetSource], added: Added) -> Iterator[tuple[Path | DatasetSource, UploadedImage]]:
     """The usable images; adds the reasons for the others to `added.refused`."""
-    for file, entry in new:
+    for file in files:
         try:
-            yield reencode(file, entry.name if isinstance(file, Path) else file.name), entry
+            yield file, reencode(file, display_name(file) if isinstance(file, Path) else file.name)
         except InputError as error:
             added.refused.append(str(error))
 
@@ -184,16 +182,15 @@ def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
     Returns: the result; `refused` has the reason for every file that was not used.
     Raises: InputError if the dataset no longer exists.
     """
-    zips = [file for file in map(Path, files) if zipfile.is_zipfile(file)]
-    loose = [file for file in map(Path, files) if file not in zips]
-    added = _add_loose(dataset, loose) if loose else Added()
+    added, zips = Added(), [file for file in map(Path, files) if zipfile.is_zipfile(file)]
+    if loose := [file for file in map(Path, files) if file not in zips]:
+        _add_loose(dataset, loose, added)
     for file in zips:
-        added.extend(_add_zip(dataset, file))
-    added.summarise()
-    return added
+        _add_zipped(dataset, file, added)
+    return added.summarised()
 
 
-def _add_loose(dataset: Dataset, files: Sequence[Path]) -> Added:
+def _add_loose(dataset: Dataset, files: Sequence[Path], added: Added) -> None:
     """Add files as the photos and captions of one folder."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -203,17 +200,13 @@ def _add_loose(dataset: Dataset, files: Sequence[Path]) -> Added:
         try:
             scan = scan_folder(folder)
         except InputError:
-            return _add_by_content(dataset, new)
-        return _add_scanned(dataset, scan, folder, new, earlier)
-
-
-def _add_by_content(dataset: Dataset, files: Sequence[Path]) -> Added:
-    """Add files none of which has the name of an image; images are recognised by their content."""
-    texts = [path.name for path in files if suffix_of(path.name) in TEXT_SUFFIXES]
-    added = add_images(dataset, [path for path in files if path.name not in texts])
-    if texts:
-        added.refused.append(f"There is no photo for the captions in {listed(texts)}. Add photos first.")
-    return added
+            # No file has the name of an image, so they are recognised by their content.
+            texts = [path.name for path in new if suffix_of(path.name) in TEXT_SUFFIXES]
+            add_groups(dataset, [(None, "", [path for path in new if path.name not in texts])], added)
+            if texts:
+                added.refused.append(f"There is no photo for the captions in {listed(texts)}. Add photos first.")
+        else:
+            _add_scanned(dataset, scan, new, earlier, added)
 
 
 def _link(folder: Path, name: str, target: Path) -> Path:
@@ -227,7 +220,7 @@ def _link(folder: Path, name: str, target: Path) -> Path:
     return path
 
 
-def _add_zip(dataset: Dataset, file: Path) -> Added:
+def _add_zipped(dataset: Dataset, file: Path, added: Added) -> None:
     """Add the photos in a zip, which must be of one subject."""
     name = display_name(file)
     with tempfile.TemporaryDirectory() as temporary:
@@ -235,14 +228,15 @@ def _add_zip(dataset: Dataset, file: Path) -> Added:
         try:
             files = _unpacked(file, folder)
             scan = scan_folder(folder)
+            if len(scan.subjects) > 1:
+                names = listed([subject.name for subject in scan.subjects], limit=5)
+                raise InputError(f"{name} contains several subjects ({names}). Add the photos of one subject.")
         except InputError as error:
-            return Added(refused=[_without_paths(str(error), folder).replace(repr(str(file)), name)])
+            added.refused.append(_without_paths(str(error), folder).replace(repr(str(file)), name))
         except OSError as error:
-            return Added(refused=[f"{name} cannot be unpacked ({error.strerror}). Pack the zip again."])
-        if len(scan.subjects) > 1:
-            names = listed([subject.name for subject in scan.subjects], limit=5)
-            return Added(refused=[f"{name} contains several subjects ({names}). Add the photos of one subject."])
-        return _add_scanned(dataset, scan, folder, files, {})
+            added.refused.append(f"{name} cannot be unpacked ({error.strerror}). Pack the zip again.")
+        else:
+            _add_scanned(dataset, scan, files, {}, added)
 
 
 def _unpacked(file: Path, folder: Path) -> list[Path]:
@@ -256,30 +250,28 @@ def _unpacked(file: Path, folder: Path) -> list[Path]:
     return [folder / entry.name for entry in members]
 
 
-def _add_scanned(dataset: Dataset, scan: FolderScan, folder: Path, files: Sequence[Path], earlier: Mapping[Path, str]) -> Added:
+def _add_scanned(dataset: Dataset, scan: FolderScan, files: Sequence[Path], earlier: Mapping[Path, str], added: Added) -> None:
     """Add the images in a folder with their captions, and report the files that are not used.
 
     Args:
         files: the uploaded files in the folder.
         earlier: the photos in it that the dataset has already, with their files there.
     """
-    captions, account, problems = _captions(scan)
+    captions, account, refused = _captions(scan)
     images = {entry.path for entry in account.entries if entry.use in ("image", "unused") and entry.kind not in NAMED_BY_SCAN}
-    added = add_images(dataset, [path for path in files if path in images], captions=captions)
+    add_groups(dataset, [(None, "", [path for path in files if path in images])], added, captions)
     for path in captions.keys() & earlier.keys():
         dataset.set_caption(earlier[path], captions[path])
-    notes = FolderAccount(folder, notes=account.notes).warnings()
-    added.refused += [_without_paths(sentence, folder) for sentence in [*_unused(account, folder), *problems]]
-    added.notes += [_without_paths(sentence, folder) for sentence in notes]
-    return added
+    added.refused += [_without_paths(sentence, account.folder) for sentence in [*refused, *_unused(account)]]
+    added.notes += [_without_paths(note.words, account.folder) for note in account.notes if note.is_warning]
 
 
-def _unused(account: FolderAccount, folder: Path) -> list[str]:
+def _unused(account: FolderAccount) -> list[str]:
     """Sentences on the files that the scan does not use and the upload does not report."""
     entries = tuple(entry for entry in account.entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
     has_prompt = any(entry.use == "class_prompt" for entry in account.entries)
     left_out = [f"{CLASS_PROMPT} was left out. Enter the class word under Check instead."] if has_prompt else []
-    return FolderAccount(folder, entries).warnings() + left_out
+    return FolderAccount(account.folder, entries).warnings() + left_out
 
 
 def _captions(scan: FolderScan) -> tuple[dict[Path, str], FolderAccount, list[str]]:
@@ -324,7 +316,7 @@ def add_crop(dataset: Dataset, file: str, x: float, y: float, side: float) -> st
         check_quota(dataset.folder.parent, 1, len(crop.content))
         name = PurePosixPath(entry.name)
         copy = replace(entry, name=f"{name.stem} (crop){name.suffix}")
-        group.images.insert(group.images.index(entry) + 1, dataset.store(group, copy, crop.content, crop.suffix))
+        group.images.insert(group.images.index(entry) + 1, dataset.store(group, copy, crop))
     return copy.file
 
 

@@ -69,13 +69,18 @@ class Workspace:
         Raises: InputError if it does not exist or the id is invalid.
         """
         path = _below(self.sets, set_id)
-        if path is None or path.is_symlink() or not path.is_dir():
+        if path is None or not _is_folder(path):
             raise InputError("These images no longer exist. Add them again.")
         return path
 
     def is_image_set(self, folder: str | Path) -> bool:
         """Whether `folder`, an absolute path, is that of one of the user's datasets, which need not exist."""
         return Path(folder).parent == self.sets.absolute()
+
+    def set_in(self, folder: str | None) -> str | None:
+        """The id of the user's dataset in `folder`, an absolute path; None if it is another folder or gone."""
+        path = Path(folder or "")
+        return path.name if self.is_image_set(path) and ID.fullmatch(path.name) and _is_folder(path) else None
 
     def new_run(self) -> Path:
         """An empty folder for a new run."""
@@ -147,7 +152,11 @@ def is_loopback(host: str) -> bool:
 
 def _is_run(path: Path) -> bool:
     marks = (RunStatus.NAME, Launch.NAME)
-    return bool(ID.fullmatch(path.name)) and path.is_dir() and not path.is_symlink() and any((path / n).exists() for n in marks)
+    return bool(ID.fullmatch(path.name)) and _is_folder(path) and any((path / n).exists() for n in marks)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _below(root: Path, name: str) -> Path | None:

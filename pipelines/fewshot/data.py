@@ -187,17 +187,17 @@ class DuplicateImages:
         return f"The same image occurs {len(self.names)} times {where}: {listed(self.names)}."
 
 
-def find_duplicates(labelled: LabelledSet) -> list[DuplicateImages]:
+def find_duplicates(images: Iterable[LabelledImage]) -> list[DuplicateImages]:
     """Groups of images with the same SHA-256; groups in several classes come first.
 
     Only files that share their size with another are read.
     """
     by_size: dict[int, list[LabelledImage]] = defaultdict(list)
-    for image in labelled.images:
+    for image in images:
         by_size[image.source.size()].append(image)
     by_content: dict[tuple[int, str], list[LabelledImage]] = defaultdict(list)
-    for size, images in by_size.items():
-        for image in images if len(images) > 1 else ():
+    for size, same in by_size.items():
+        for image in same if len(same) > 1 else ():
             by_content[size, hashlib.sha256(image.source.content()).hexdigest()].append(image)
     duplicates = [
         DuplicateImages(tuple(same.name for same in group), tuple(dict.fromkeys(same.class_name for same in group)))

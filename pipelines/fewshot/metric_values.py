@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 
@@ -14,6 +15,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def is_above(self, other: Interval) -> bool:
+        """Whether the interval lies above another one."""
+        return self.low > other.high
 
     def as_share(self) -> str:
         """The estimate as percentages, clipped to [0, 1]: "90.0% (85.1% to 100.0%)"."""
@@ -66,6 +71,27 @@ class ClassificationMetrics:
     temperature: float
     confusion: list[list[int]]
     reliability: Reliability
+
+    @property
+    def untested(self) -> list[str]:
+        """The classes without images."""
+        return [name for name, accuracy in self.per_class.items() if accuracy is None]
+
+    @property
+    def by_class(self) -> list[tuple[str, float, int, str]]:
+        """The tested classes, the lowest accuracy first: name, accuracy, number of images, and what it is mistaken for."""
+        rows, names = [], list(self.per_class)
+        for label, (name, accuracy) in enumerate(self.per_class.items()):
+            mistakes = {names[other]: count for other, count in enumerate(self.confusion[label]) if count and other != label}
+            if accuracy is not None:
+                rows.append((name, accuracy, sum(self.confusion[label]), max(mistakes, key=mistakes.get, default="")))
+        return sorted(rows, key=itemgetter(1))
+
+    def most_confused(self, most: int) -> list[int]:
+        """The labels of at most `most` classes, those with the most mistakes, in order."""
+        counts = self.confusion
+        mistakes = [sum(row) + sum(other[label] for other in counts) - 2 * row[label] for label, row in enumerate(counts)]
+        return sorted(sorted(range(len(counts)), key=lambda label: -mistakes[label])[:most])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads."""

@@ -248,7 +248,7 @@ def test_a_dataset_gives_transformed_images_and_labels_also_from_workers(tmp_pat
 
 def test_an_image_in_two_classes_is_reported_and_removed_from_both():
     labelled = in_memory([b"one", b"two", b"two"], [b"one", b"three"], [b"one"], [b"four"])
-    found = find_duplicates(labelled)
+    found = find_duplicates(labelled.images)
     assert [(copies.names, copies.conflicting) for copies in found] == [
         (("0/0.png", "1/0.png", "2/0.png"), True),
         (("0/1.png", "0/2.png"), False),

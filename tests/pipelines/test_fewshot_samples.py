@@ -29,7 +29,7 @@ def test_digits_are_scikit_learns_dark_on_white_and_the_same_every_time():
 
 def test_a_few_shots_classify_most_digits_and_none_is_a_duplicate():
     labelled = sample_set()
-    assert not find_duplicates(labelled)
+    assert not find_duplicates(labelled.images)
     split = sample_split(labelled, 16, seed=0)
     train, test = (split.images(labelled, part) for part in ("train", "test"))
     probe = LogisticRegression(max_iter=200).fit(pixels_of(train) / 255, [image.label for image in train])

@@ -13,8 +13,9 @@ def listener(page: gr.Blocks, part: str, name: str) -> Callable[..., Any]:
     assert own
 
     def called(*given: Any) -> Any:
-        found = own[0].fn(*given)
-        count = len(own[0].outputs)
+        found, count = own[0].fn(*given), len(own[0].outputs)
+        if isinstance(found, dict) and found.keys() <= set(own[0].outputs):
+            return [found.get(each, gr.skip()) for each in own[0].outputs]
         assert count == 1 or len(found) == count
         return found
 

@@ -166,10 +166,10 @@ def test_a_method_that_failed_is_listed_last_with_its_reason(made_up):
 
 def test_a_class_without_test_images_is_named(record):
     result = result_of(record)
-    assert result.untested == []
+    assert result.trial.test.untested == []
     result.trial.test.confusion[1] = [0, 0, 0]
     result.trial.test.per_class[result.classes[1]] = None
-    assert result.untested == [result.classes[1]]
+    assert result.trial.test.untested == [result.classes[1]]
     assert f"{result.classes[1]} (0): no test images." in result_html.per_class(result)
     assert f"No test images for {result.classes[1]}" in result_html.findings(result)
 
@@ -340,4 +340,4 @@ def test_no_run_starts_if_the_images_are_gone(workspace, record, started, images
     with pytest.raises(InputError, match="are gone"):
         train_again(workspace, record, {"ruby": [new]})
     assert started == []
-    assert class_datasets(workspace) == []
+    assert class_datasets(workspace) == {}

@@ -71,7 +71,7 @@ def test_no_run_starts_on_a_dataset_that_is_not_ready(page, workspace, tmp_path)
 
 
 def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing_behind(page, workspace, tmp_path):
-    upload = listener(page, "classify_images", "upload")
+    upload = listener(page, "classify", "upload")
     before = set(workspace.sets.glob("*"))
     draft, _, said, *fields = upload({**DRAFT, "set": "digits"}, str(colour_zip(tmp_path / "a.zip", 4)), "half typed", None, None)
     assert "12 images added" in said
@@ -86,7 +86,7 @@ def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing_behind(page, w
 
 
 def test_images_join_a_class_and_stay_in_their_field_if_it_has_no_name(page, workspace, tmp_path):
-    upload, dataset = listener(page, "classify_images", "upload"), colour_set(workspace, tmp_path / "given")
+    upload, dataset = listener(page, "classify", "upload"), colour_set(workspace, tmp_path / "given")
     (tmp_path / "new.png").write_bytes(coloured("sea", 50))
     draft = {**DRAFT, "set": dataset.id}
     assert upload(draft, None, "sea", [str(tmp_path / "new.png")], None)[0]["set"] == dataset.id
@@ -142,7 +142,7 @@ def test_a_run_without_a_result_says_what_became_of_it(page, workspace, state, s
 def editing(page, draft, key, action, files=(), **fields):
     """Click a button of the editor with the class `key` open."""
     event = gr.EventData(None, {"action": action, "files": list(files), "fields": fields})
-    return listener(page, "classify_images", "edit")(draft, key, event, None)
+    return listener(page, "classify", "edit")(draft, key, event, None)
 
 
 def test_images_are_moved_and_deleted_together_and_classes_renamed(page, workspace, tmp_path):
@@ -161,7 +161,7 @@ def test_images_are_moved_and_deleted_together_and_classes_renamed(page, workspa
 
 
 def test_the_editor_says_what_would_be_deleted_and_offers_only_what_a_dataset_allows(page, workspace, tmp_path):
-    show, clicked = listener(page, "classify_images", "show_class"), gr.EventData(None, {"key": "c00"})
+    show, clicked = listener(page, "classify", "show_class"), gr.EventData(None, {"key": "c00"})
     key, own = show({**DRAFT, "set": colour_set(workspace, tmp_path / "given").id}, clicked, None)
     assert key == "c00"
     assert 'data-confirm="Delete ruby and its 6 images?"' in own

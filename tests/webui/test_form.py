@@ -11,7 +11,7 @@ from training.options.values import KINDS, groups
 from webui import panel
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.form_schema import GROUP_TITLES, MACHINE_FIELDS, NEVER, SET_BY_THE_PAGE, UNITS, WORDS, form_fields
-from webui.tasks import CLASSIFY, SUBJECT, TASKS
+from webui.tasks import PLANS, ClassifierPlan, SubjectPlan
 from webui.workspace import Workspace
 
 
@@ -20,8 +20,8 @@ def workspace(tmp_path):
     return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
-def state(task, workspace, **settings):
-    return panel.form_state(task, workspace, Draft(settings={EXAMPLE: RunSettings(**settings)}))
+def state(plan, workspace, **settings):
+    return panel.form_state(plan(workspace, Draft(settings={EXAMPLE: RunSettings(**settings)})))
 
 
 def fields_by_name(task, is_local=True):
@@ -58,15 +58,15 @@ def test_labels_and_units_are_those_of_options_that_exist():
     assert {*GROUP_TITLES} == {group for task in KINDS for group in groups(task)}
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_no_placeholder_is_a_path_of_the_machine(task, workspace):
-    texts = [text for text in state(task, workspace)["base"].values() if isinstance(text, str)]
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_no_placeholder_is_a_path_of_the_machine(plan, workspace):
+    texts = [text for text in state(plan, workspace)["base"].values() if isinstance(text, str)]
     assert len(texts) > 20
     assert [text for text in texts if re.search(r"(^|[ =])/\w", text)] == []
 
 
 def test_an_empty_field_shows_what_the_preset_the_trainer_or_the_default_decides(workspace):
-    shown = state(SUBJECT, workspace, preset="Fast")
+    shown = state(SubjectPlan, workspace, preset="Fast")
     assert shown["base"]["optimisation.max_train_steps"] == "160"
     assert shown["notes"]["optimisation.max_train_steps"].startswith("Fast: ")
     assert shown["base"]["optimisation.learning_rate"] == "0.003"
@@ -77,13 +77,13 @@ def test_an_empty_field_shows_what_the_preset_the_trainer_or_the_default_decides
 
 def test_the_user_s_values_are_sent_only_to_be_shown_for_another_dataset_or_replaced_settings(workspace):
     draft = Draft(settings={EXAMPLE: RunSettings(options={"adapter": {"rank": "16"}})})
-    before = panel.form_state(SUBJECT, workspace, draft)
+    before = panel.form_state(SubjectPlan(workspace, draft))
     edited = Draft(settings={EXAMPLE: RunSettings(options={"adapter": {"rank": "8"}})})
-    assert panel.form_state(SUBJECT, workspace, edited)["key"] == before["key"]
+    assert panel.form_state(SubjectPlan(workspace, edited))["key"] == before["key"]
     replaced = draft.with_settings(EXAMPLE, RunSettings())
-    assert panel.form_state(SUBJECT, workspace, replaced)["key"] != before["key"]
+    assert panel.form_state(SubjectPlan(workspace, replaced))["key"] != before["key"]
     other = Draft(set=workspace.new_image_set().name, settings=draft.settings)
-    assert panel.form_state(SUBJECT, workspace, other)["key"] != before["key"]
+    assert panel.form_state(SubjectPlan(workspace, other))["key"] != before["key"]
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_the_user_s_values_are_sent_only_to_be_shown_for_another_dataset_or_repl
     ],
 )
 def test_an_error_stands_at_its_field_with_its_label(workspace, group, field, given, message):
-    errors = state(SUBJECT, workspace, options={group: {field: given}})["errors"]
+    errors = state(SubjectPlan, workspace, options={group: {field: given}})["errors"]
     assert list(errors) == [f"{group}.{field}"]
     assert re.search(message, errors[f"{group}.{field}"])
 
 
 def test_an_option_that_no_longer_exists_is_an_error_of_the_whole_form(workspace):
-    errors = state(SUBJECT, workspace, options={"optimisation": {"gone": "3"}})["errors"]
+    errors = state(SubjectPlan, workspace, options={"optimisation": {"gone": "3"}})["errors"]
     assert "no option 'gone'" in errors[""]
 
 
@@ -128,7 +128,7 @@ def shown_for(task, group, methods):
 
 @pytest.mark.parametrize("method", method_names())
 def test_the_form_has_the_options_of_the_chosen_methods_and_explains_the_method(workspace, method):
-    shown = state(SUBJECT, workspace, options={"adapter": {"method": method}})
+    shown = state(SubjectPlan, workspace, options={"adapter": {"method": method}})
     assert shown["methods"] == [method]
     assert equation_of(method) in shown["notes"]["adapter.method"]
     assert shown_for("subject", "adapter", [method]) == has(AdapterOptions, method)
@@ -136,6 +136,6 @@ def test_the_form_has_the_options_of_the_chosen_methods_and_explains_the_method(
 
 
 def test_without_a_choice_the_form_has_the_methods_of_the_preset(workspace):
-    shown = state(CLASSIFY, workspace)
+    shown = state(ClassifierPlan, workspace)
     assert shown["methods"] == shown["base"]["method.method"] == ["zeroshot", "pixels", "linear_probe", DEFAULT]
-    assert state(SUBJECT, workspace)["methods"] == [DEFAULT]
+    assert state(SubjectPlan, workspace)["methods"] == [DEFAULT]

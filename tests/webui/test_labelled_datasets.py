@@ -18,11 +18,10 @@ from webui.labelled_datasets import (
     dataset_in,
     find_classes,
     point_to,
-    rename_class,
-    title,
+    titles,
     uploaded_classes,
 )
-from webui.screens import classify_images
+from webui.screens import classify
 from webui.uploads import add_images, add_zip
 from webui.workspace import Workspace
 
@@ -83,7 +82,7 @@ def test_corrections_are_training_images_and_never_test_images(dataset, tmp_path
 def test_the_recipe_reads_a_dataset_after_images_are_removed_or_moved(dataset):
     tested = sorted(images_of(dataset, "test"))[0]
     dataset.remove([tested])
-    moved = dataset.move_to_class(dataset.content().classes[1].images[0].file, "c02")
+    (moved,) = dataset.move_to_class([dataset.content().classes[1].images[0].file], "c02")
     parts = load_folder(dataset.folder).parts
     assert tested not in parts
     assert moved in parts
@@ -91,12 +90,12 @@ def test_the_recipe_reads_a_dataset_after_images_are_removed_or_moved(dataset):
 
 def test_a_test_image_stays_one_when_its_class_is_corrected(dataset):
     tested = min(images_of(dataset, "test"))
-    moved = dataset.move_to_class(tested, "c02")
+    (moved,) = dataset.move_to_class([tested], "c02")
     assert moved in images_of(dataset, "test")
 
 
 def test_the_recipe_gets_class_names_by_folder(dataset, workspace):
-    rename_class(dataset, "c01", "green leaf")
+    dataset.rename_class("c01", "green leaf")
     options = find_classes(workspace, dataset.id).data_options()
     assert options["data_dir"] == str(dataset.folder.absolute())
     assert options["class_names"] == ["c00=ruby", "c01=green leaf", "c02=sea"]
@@ -110,10 +109,10 @@ def test_warnings_name_what_prevents_training(workspace, tmp_path):
     more(dataset, dataset.add_class("leaf"), "leaf", range(2), tmp_path / "b")
     found = uploaded_classes(dataset)
     assert "leaf has 2 images. Training needs at least 3" in found.warnings()[0]
-    assert not found.is_ready
+    assert found.problems
     more(dataset, "c01", "leaf", range(2, 4), tmp_path / "c")
     found = uploaded_classes(dataset)
-    assert found.is_ready
+    assert not found.problems
     told = " ".join(found.warnings())
     assert "leaf has fewer than 10 images" in told
 
@@ -129,19 +128,19 @@ def test_a_local_folder_is_not_changed(workspace, tmp_path):
     given = colour_folder(tmp_path / "mine", 4)
     before = sorted(path.name for path in given.rglob("*"))
     set_id = point_to(workspace, str(given))
-    rename_class(Dataset.of(workspace, set_id), "sea", "the sea")
+    Dataset.of(workspace, set_id).rename_class("sea", "the sea")
     found = find_classes(workspace, set_id)
     assert found.kind == "folder"
     assert found.data_options() == {"data_dir": str(given), "class_names": ["sea=the sea"]}
     assert sorted(path.name for path in given.rglob("*")) == before
-    assert class_datasets(workspace) == [set_id]
+    assert list(class_datasets(workspace)) == [set_id]
 
 
 @pytest.mark.parametrize(("name", "words"), [("leaf", "must be unique"), ("  ", "one line of text")])
 def test_a_class_of_a_local_folder_rejects_names_that_training_would_refuse(workspace, tmp_path, name, words):
     dataset = Dataset.of(workspace, point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
     with pytest.raises(InputError, match=words):
-        rename_class(dataset, "sea", name)
+        dataset.rename_class("sea", name)
     assert [one.name for one in find_classes(workspace, dataset.id).classes] == sorted(COLOURS)
 
 
@@ -164,7 +163,7 @@ def test_a_missing_folder_is_refused(workspace, path):
 def test_the_first_example_is_coloured_shapes_that_the_recipe_reads_from_their_zip(workspace):
     found = find_classes(workspace, "shapes")
     assert [one.name for one in found.classes] == [f"{colour} {shape}" for colour in ("blue", "green", "red") for shape in SHAPES]
-    assert (found.count, found.is_ready, next(iter(EXAMPLES))) == (360, True, "shapes")
+    assert (found.count, not found.problems, next(iter(EXAMPLES))) == (360, True, "shapes")
     read = load_images(found.data_options()["data_dir"])
     assert read.classes == tuple(one.name for one in found.classes)
     assert [image.source for image in read.images] == [source for one in found.classes for source in one.images]
@@ -200,15 +199,15 @@ def test_images_of_an_active_run_cannot_be_changed(dataset, workspace):
     try:
         (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
         with pytest.raises(InputError, match="is training on these images"):
-            classify_images.check_free(workspace, dataset.folder)
+            classify.check_free(workspace, dataset.folder)
     finally:
         sleeping.kill()
         sleeping.wait()
-    classify_images.check_free(workspace, dataset.folder)
+    classify.check_free(workspace, dataset.folder)
 
 
 def test_the_title_of_a_dataset_lists_its_classes(dataset, workspace):
-    assert title(workspace, dataset.id) == f"{', '.join(COLOURS)} (18 images)"
+    assert titles(workspace)[dataset.id] == f"{', '.join(COLOURS)} (18 images)"
 
 
 def split_zip(path, folders, name="ruby", each=3, more=None):
@@ -244,7 +243,7 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     )
     assert tested == expected
     assert {names[file] for file in images_of(dataset, "test")} == expected
-    assert "Split by " in classify_images.classes_html.upload(added)
+    assert "Split by " in classify.classes_html.upload(added)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +265,7 @@ def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(work
     colour_folder(mine / "Test", 2, ("ruby", "leaf"))
     (mine / "Train" / "sea" / "<b>.txt").touch()
     found = find_classes(workspace, point_to(workspace, str(mine)))
-    shown = classify_images.summary(found, None)
+    shown = classify.classes_html.summary(found, None)
     assert "Split by folders: &#39;Train&#39; is train (12 images)" in shown
     assert "1 file with the suffix .txt is not used: 1 in class &#39;sea&#39;." in shown
     assert "no test images, so their accuracy is unknown: &#39;sea&#39;." in shown
@@ -277,7 +276,7 @@ def test_a_class_with_only_test_images_cannot_be_trained(workspace, tmp_path):
     mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf")).parent
     colour_folder(mine / "Test", 4, ("ruby", "leaf", "sea"))
     found = find_classes(workspace, point_to(workspace, str(mine)))
-    assert not found.is_ready
+    assert found.problems
     assert any("All images of sea are test images" in one for one in found.warnings())
 
 

@@ -53,6 +53,6 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
 def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspace, tmp_path):
     only = next(iter(COLOURS))
     dataset = colour_set(workspace, tmp_path / "given", names=[only])
-    summary, cards = listener(page, "classify_images", "measure")({"set": dataset.id}, None)
+    summary, cards = listener(page, "classify", "measure")({"set": dataset.id}, None)
     assert "1 class, 6 images" in summary
     assert only in cards

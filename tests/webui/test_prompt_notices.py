@@ -3,14 +3,15 @@
 from pipelines.subject.generation_request import GenerationRequest
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.screens import check, use
+from webui.tasks import SubjectPlan
 from webui.workspace import Workspace
 
 
 def test_the_page_warns_of_a1111_syntax_in_scenes(tmp_path):
     workspace = Workspace(tmp_path, tmp_path)
-    assert "A1111" not in check._prompts(workspace, Draft())
+    assert "A1111" not in check._prompts(SubjectPlan(workspace, Draft()))
     settings = RunSettings(scenes=["at night <lora:toy:0.8>", "(snow:1.4)"])
-    said = check._prompts(workspace, Draft(settings={EXAMPLE: settings}))
+    said = check._prompts(SubjectPlan(workspace, Draft(settings={EXAMPLE: settings})))
     assert said.count('class="warning') == 2
     assert "&lt;lora:toy:0.8&gt;" in said
     assert "choose it under Use" in said

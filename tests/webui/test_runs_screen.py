@@ -20,7 +20,7 @@ from webui.render import render
 from webui.runs import RunView
 from webui.screens.compare import NO_ADAPTER, OTHER_IMAGES, comparable, comparison, generated_with_all, plots
 from webui.screens.runs import cards, draft_like
-from webui.tasks import CLASSIFY, SUBJECT
+from webui.tasks import ClassifierPlan, SubjectPlan
 from webui.workspace import Workspace
 
 PATIENCE = 120_000
@@ -128,20 +128,20 @@ def test_a_duplicate_has_the_run_s_photos_if_they_were_uploaded_by_the_user(work
     monkeypatch.setattr(gr, "Warning", said.append)
     own = workspace.new_image_set().absolute()
     data = {"instance_data_dir": str(own), "instance_prompt": "a photo of zwx dog"}
-    draft = Draft.from_browser(draft_like(workspace, SUBJECT, {}, {"data": data, "optimisation": {"max_train_steps": 40}}))
+    draft = Draft.from_browser(draft_like(workspace, SubjectPlan, {}, {"data": data, "optimisation": {"max_train_steps": 40}}))
     settings = draft.settings[own.name]
     assert (draft.set, settings.trigger, settings.class_word) == (own.name, "zwx", "dog")
     assert settings.options == {"optimisation": {"max_train_steps": 40}}
     assert said == []
     for elsewhere in (tmp_path, own / "..", workspace.sets / "none"):
-        assert draft_like(workspace, SUBJECT, {}, {"data": {"instance_data_dir": str(elsewhere)}})["set"] is None
+        assert draft_like(workspace, SubjectPlan, {}, {"data": {"instance_data_dir": str(elsewhere)}})["set"] is None
     assert len(said) == 3
     classes = colour_set(workspace, tmp_path / "given")
     options = {"data": {"data_dir": str(classes.folder.absolute()), "class_names": ["c00=a"], "views": 2}}
-    again = Draft.from_browser(draft_like(workspace, CLASSIFY, {}, options))
+    again = Draft.from_browser(draft_like(workspace, ClassifierPlan, {}, options))
     assert again.set == classes.id
     assert again.settings[classes.id].options["data"]["views"] == 2
-    assert Draft.from_browser(draft_like(workspace, CLASSIFY, {}, {})).set == "digits"
+    assert Draft.from_browser(draft_like(workspace, ClassifierPlan, {}, {})).set == "digits"
 
 
 def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
@@ -180,7 +180,7 @@ def server(app_server):
     """A server with runs of several kinds."""
     server = app_server()
     set_title(finished_run(server.runs / "20260101-000001-first").path, "First duck")
-    fast = next(preset for preset in SUBJECT.presets if preset.name == "Fast").options(5)
+    fast = next(preset for preset in SubjectPlan.presets if preset.name == "Fast").options(5)
     other = with_options(finished_run(server.runs / "20260101-000002-other"), **fast, adapter={"method": "lora"})
     set_title(other.path, "Other duck")
     run_in(server.runs / "20260101-000003-cut", "interrupted", steps=40)

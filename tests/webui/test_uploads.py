@@ -270,7 +270,7 @@ def test_images_are_removed_reordered_moved_and_captioned_by_their_generated_nam
     dataset.remove(["0001.png"])
     assert [(image.file, image.caption) for image in dataset.photos()] == [("0003.png", "a red mug"), ("0002.png", "")]
     cups = dataset.add_class("cups")
-    assert dataset.move_to_class("0003.png", cups) == "c00/0001.png"
+    assert dataset.move_to_class(["0003.png"], cups) == ["c00/0001.png"]
     dataset.rename_class(cups, "mugs")
     assert [(one.name, one.images[0].caption) for one in dataset.content().classes] == [("mugs", "a red mug")]
     assert (dataset.folder / "c00/0001.txt").exists()
@@ -291,8 +291,8 @@ def test_no_path_given_by_a_user_is_followed(tmp_path, dataset, file):
         lambda: dataset.remove([file]),
         lambda: dataset.move(file, 1),
         lambda: dataset.set_caption(file, "words"),
-        lambda: dataset.move_to_class("0001.png", file),
-        lambda: dataset.move_to_class(file, "c00"),
+        lambda: dataset.move_to_class(["0001.png"], file),
+        lambda: dataset.move_to_class([file], "c00"),
         lambda: dataset.remove_class(file),
         lambda: dataset.rename_class(file, "x"),
         lambda: uploads.add_images(dataset, [tmp_path / "a.png"], file),

@@ -17,7 +17,7 @@ from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.text_files import write_text_atomically
 from training.fewshot.figures import ZERO_SHOT, card_figures, shots_text
 from training.runs.card_text import CARD, as_text
-from training.runs.fewshot_files import FewShotReport, TrialResult
+from training.runs.fewshot_files import FewShotReport
 
 CONTROL = "pixels"
 FIGURES, MAX_LISTED, MEBIBYTE = "figures", 20, 2**20
@@ -135,7 +135,7 @@ def _opening(report: FewShotReport, target_layers: TargetLayers | None) -> str:
     """The title, the data, and the classifier that loading the run gives."""
     trial, dataset = report.representative, report.dataset
     weights = f" ({portable_name(report.pretrained)})" if report.pretrained else ""
-    untested = _untested(report)
+    untested = trial.test.untested
     is_adapter = trial.method in method_names()
     return OPENING.format(
         count=len(dataset.classes),
@@ -219,7 +219,7 @@ def _control_comparison(report: FewShotReport) -> Iterator[str]:
         return
     for shots in report.shots:
         accuracy = {row.method: row.top1 for row in report.summary if row.shots == shots}
-        above = [method for method in adapters if accuracy[method].low > accuracy[CONTROL].high]
+        above = [method for method in adapters if accuracy[method].is_above(accuracy[CONTROL])]
         yield (ABOVE_CONTROL if above else NOT_ABOVE_CONTROL).format(
             shots=shots_text(shots),
             control=CONTROL,
@@ -291,21 +291,10 @@ def _notes(report: FewShotReport) -> str:
     return "\n".join(("## How the dataset was read\n", *notes)) if notes else ""
 
 
-def _class_counts(trial: TrialResult) -> list[int]:
-    """The number of test images of each class."""
-    return [sum(row) for row in trial.test.confusion]
-
-
-def _untested(report: FewShotReport) -> list[str]:
-    """The classes without test images."""
-    counts = _class_counts(report.representative)
-    return [name for name, count in zip(report.dataset.classes, counts, strict=True) if not count]
-
-
 def _limits(report: FewShotReport) -> str:
     """The limits of the results."""
-    trial, untested = report.representative, _untested(report)
-    test, fewest = trial.test.count, min(filter(None, _class_counts(trial)))
+    trial, untested = report.representative, report.representative.test.untested
+    test, fewest = trial.test.count, min(filter(None, map(sum, trial.test.confusion)))
     limits = LIMITS.format(
         test=test,
         fewest=(FEWEST_OF_OTHERS if untested else FEWEST).format(fewest=fewest),

@@ -58,7 +58,7 @@ def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Duplic
         return rename(load_set(options.data_dir, options.dataset), options.names_by_key()), []
     names = options.names_by_key()
     dataset = rename(sample_set(), names) if options.data_dir is None else load_images(options.data_dir, names)
-    duplicates = find_duplicates(dataset)
+    duplicates = find_duplicates(dataset.images)
     for group in duplicates:
         logger.warning(f"{group} {'None' if group.conflicting else 'One'} of them is used.")
     dataset = without_duplicates(dataset, duplicates)

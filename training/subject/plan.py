@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pipelines.subject.heldout import num_folds
 from training.options import SubjectOptions
 from training.runs.progress import PlannedPhase
 from training.runs.record import RunRecord
@@ -103,3 +104,9 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
         CERTIFYING: PROCESS_SECONDS + pace.loading + 2 * pace.sample,
         UPLOADING: PROCESS_SECONDS,
     }
+
+
+def total_seconds(options: SubjectOptions, num_images: int, pace: Pace) -> float:
+    """The duration of a run on so many images: the sum of all its phases."""
+    seconds = estimated_seconds(options, pace)
+    return sum(seconds.get(phase.name, 0.0) for phase in phases(options, num_folds(num_images, options.data.heldout_image)))

@@ -14,14 +14,11 @@ from training.runs.record import RunRecord
 from training.runs.snapshot import RunSnapshot
 from webui import panel
 from webui.context import QUIET, AppContext
-from webui.datasets import Dataset
-from webui.draft import TRIGGER, Draft
-from webui.form_schema import validated
+from webui.draft import TRIGGER
 from webui.inference_worker import WORKER
 from webui.render import macros, parts
 from webui.runs import phase_title
-from webui.tasks import SUBJECT, measured
-from webui.workspace import Workspace
+from webui.tasks import SubjectPlan, measured
 
 POLL_SECONDS = 2.0
 # Two text boxes are side by side if each has at least this many pixels.
@@ -47,11 +44,11 @@ def build(context: AppContext) -> None:
     )
     widgets["scenes"] = gr.Textbox(label="Preview prompts", info=info, lines=4, elem_id="check-scenes")
     gr.HTML("<h2>Training settings</h2>")
-    settings = panel.build_settings(SUBJECT, context.draft, context.settings.is_local, "check")
+    settings = panel.build_settings(SubjectPlan, context.draft, context.settings.is_local, "check")
     gr.HTML("<h2>Cost</h2>")
     widgets["cost"] = gr.HTML(elem_id="check-cost")
     widgets["measure"] = gr.Button("Measure time and memory", elem_id="check-measure")
-    panel.build_plan(context, SUBJECT, context.draft, context.draft_changed, "check")
+    panel.build_plan(context, SubjectPlan, context.draft, context.draft_changed, "check")
     start_on_click(context, gr.Button("Train", variant="primary", size="lg", elem_id="check-start"))
     _wire(context, widgets, settings)
 
@@ -60,12 +57,12 @@ def start_on_click(context: AppContext, button: gr.Button) -> None:
     """Start the run when `button` is clicked, or open the screen to enter the class word if it is missing."""
 
     def start(stored: dict[str, Any], request: gr.Request) -> list[Any]:
-        workspace, draft = context.settings.workspace(request), Draft.from_browser(stored)
-        if not SUBJECT.settings(workspace, draft).kind and SUBJECT.num_images(workspace, draft):
+        plan = SubjectPlan.of(context.settings.workspace(request), stored)
+        if not plan.settings.kind and plan.num_images:
             words = "Enter the class word: what the photos show, such as dog or toy. Then press Train."
             gr.Info(words, title="Class word missing")
-            return context.show(workspace, tab="check")
-        return context.show(workspace, SUBJECT.start(workspace, draft), "train")
+            return context.show(plan.workspace, tab="check")
+        return context.show(plan.workspace, plan.start(), "train")
 
     button.click(start, [context.draft], context.outputs, api_visibility="private")
 
@@ -83,7 +80,7 @@ def _wire(context: AppContext, widgets: dict[str, Any], settings: list[gr.compon
     # Stored at every input, and on blur, which covers pasting, so that Train starts with the current values.
     for name, value in (("trigger", "value"), ("class_word", "value"), ("scenes", LINES)):
         box = widgets[name]
-        panel.store(SUBJECT, draft, box, name, box.input, box.blur, box.submit, value=value)
+        panel.store(SubjectPlan.task, draft, box, name, box.input, box.blur, box.submit, value=value)
     widgets["measure"].click(handlers.dry_run, [draft], of_cost, api_visibility="private")
     clock.tick(handlers.tick, [draft], of_cost, **QUIET)
 
@@ -96,57 +93,50 @@ class _Handlers:
 
     def fill(self, stored: dict[str, Any], filled: str | None, request: gr.Request) -> tuple[Any, ...]:
         """Fill the fields if other photos were chosen or the settings were replaced; never what the user is typing."""
-        workspace, draft = self._now(stored, request)
-        key = panel.form_key(SUBJECT, workspace, draft)
+        plan = self._plan(stored, request)
+        key, settings = panel.form_key(plan), plan.settings
         if key == filled:
             return (gr.skip(),) * 4
-        settings = SUBJECT.settings(workspace, draft)
         return settings.trigger, settings.class_word or "", settings.scene_lines, key
 
     def show(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Everything that follows from the draft, or an error in place of each; skipped unless the screen is open."""
         if active_tab != "check":
             return (gr.skip(),) * 9
-        workspace, draft = self._now(stored, request)
-        return (
-            *panel.settings_updates(SUBJECT, workspace, draft),
-            _or_warning(_prompts, workspace, draft),
-            _or_warning(_crops, workspace, draft),
-            *_cost(workspace, draft),
-        )
+        plan = self._plan(stored, request)
+        return *panel.settings_updates(plan), _or_warning(_prompts, plan), _or_warning(_crops, plan), *_cost(plan)
 
     def dry_run(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start a dry run, unless one is running or finished."""
-        SUBJECT.start_dry_run(*self._now(stored, request))
-        return _cost(*self._now(stored, request))
+        plan = self._plan(stored, request)
+        plan.start_dry_run()
+        return _cost(plan)
 
     def tick(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """The cost while it is measured."""
-        return _cost(*self._now(stored, request))
+        return _cost(self._plan(stored, request))
 
-    def _now(self, stored: dict[str, Any], request: gr.Request) -> tuple[Workspace, Draft]:
-        return self.context.settings.workspace(request), Draft.from_browser(stored)
+    def _plan(self, stored: dict[str, Any], request: gr.Request) -> SubjectPlan:
+        return SubjectPlan.of(self.context.settings.workspace(request), stored)
 
 
-def _or_warning(make: Callable[[Workspace, Draft], str], workspace: Workspace, draft: Draft) -> str:
+def _or_warning(make: Callable[[SubjectPlan], str], plan: SubjectPlan) -> str:
     """The result of `make`, or its InputError as a warning."""
     try:
-        return make(workspace, draft)
+        return make(plan)
     except InputError as error:
         return parts.warning(str(error))
 
 
-def _prompts(workspace: Workspace, draft: Draft) -> str:
-    settings = SUBJECT.settings(workspace, draft)
-    settings.check_words()
-    return macros("check.html").prompts(settings, page_warnings(settings.prompts))
+def _prompts(plan: SubjectPlan) -> str:
+    plan.settings.check_words()
+    return macros("check.html").prompts(plan.settings, page_warnings(plan.settings.prompts))
 
 
-def _crops(workspace: Workspace, draft: Draft) -> str:
-    photos = Dataset.of(workspace, draft.set)
-    if not photos.photos():
+def _crops(plan: SubjectPlan) -> str:
+    if not plan.num_images:
         return parts.empty("No photos yet", "Add some under Photos.")
-    _, options = validated(workspace, "subject", SUBJECT.values(workspace, draft))
+    photos, (_, options) = plan.photos, plan.checked
     crops = WORKER.call("crops", photos, options)
     sizes = sorted({f"{crop.size[1]} x {crop.size[0]}" for crop in crops})
     return macros("check.html").crops(
@@ -154,15 +144,15 @@ def _crops(workspace: Workspace, draft: Draft) -> str:
     )
 
 
-def _cost(workspace: Workspace, draft: Draft) -> tuple[Any, Any, Any]:
+def _cost(plan: SubjectPlan) -> tuple[Any, Any, Any]:
     """The cost, whether it can be measured, and whether to poll."""
     try:
-        record = SUBJECT.dry_run(workspace, draft)
+        record = plan.dry_run
     except InputError:
         # The page names the invalid option elsewhere.
         return macros("check.html").unknown_cost(), gr.Button(interactive=False), gr.Timer(active=False)
     measuring, is_known = RunSnapshot(record).is_active, measured(record) is not None
-    can_measure = bool(Dataset.of(workspace, draft.set).photos()) and not measuring and not is_known
+    can_measure = bool(plan.num_images) and not measuring and not is_known
     return cost_summary(record), gr.Button(interactive=can_measure), gr.Timer(active=measuring)
 
 

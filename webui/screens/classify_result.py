@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,20 @@ from pipelines.fewshot.sources import ImageFile
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from training.runs import naming
 from webui import classifiers
-from webui.classifiers import DOWNLOADS, Result, result_of, share, view_of, write_table
+from webui.classifiers import DOWNLOADS, Result, result_of, share
 from webui.context import QUIET, AppContext
 from webui.inference_worker import WORKER
 from webui.plots import Plot, line_plot
 from webui.render import macros, parts, tile
-from webui.screens.classify_images import CLASSIFIER, SCRIPT
+from webui.runs import view_of
 from webui.workspace import Workspace
 
 MOST_FILES, LIVE_TOP = 100, 5
-# The components that show a result.
-NUM_FIGURES = 6 + len(DOWNLOADS)
-# The components of the part Use that belong to one classifier: an image and its answer, the predictions for many and a table.
-NUM_USED = 5
+HIDDEN = gr.update(visible=False)
+# Sends the clicks on the buttons of a template, for this screen's HTML: see there.
+SCRIPT = Path(__file__).parents[1].joinpath("classify.js").read_text(encoding="utf-8")
+# Classification does not wait for the generation of images.
+CLASSIFIER = {"concurrency_id": "classifier", "concurrency_limit": 1, "api_visibility": "private"}
 # The series of the reliability diagram.
 RELIABILITY = ("perfect calibration", "as trained", "after temperature scaling")
 ASK = parts.note("Drop, paste or photograph something: the answer appears here.")
@@ -84,13 +84,13 @@ class ClassifierParts:
 
     def connect(self) -> None:
         """Connect the events of both parts."""
-        seen, rows, chosen = gr.State(None), gr.State([]), [self.run, self.method]
-        predicted = [rows, self.predictions, self.table]
-        visible = [self.no_result, self.result, self.no_use, self.use]
-        figures = [self.method, self.words, self.confusion, self.cell, self.details, self.reliability, *self.files_of_run]
-        outputs, always = [seen, *visible, *figures, self.live, self.answer, *predicted], {"trigger_mode": "always_last"}
+        self.seen, self.rows, chosen = gr.State(None), gr.State([]), [self.run, self.method]
+        self.figures = [self.method, self.words, self.confusion, self.cell, self.details, self.reliability, *self.files_of_run]
+        predicted, always = [self.rows, self.predictions, self.table], {"trigger_mode": "always_last"}
+        outputs = [self.no_result, self.result, self.no_use, self.use, *self.figures, self.live, self.answer, *predicted]
         # Loading the images starts the worker, so nothing is loaded before a part is opened.
-        gr.on([self.opened.change, self.method.input], self.refresh, [*chosen, seen], outputs, **always, **QUIET)
+        opened = [self.opened.change, self.method.input]
+        gr.on(opened, self.refresh, [*chosen, self.seen], [self.seen, *outputs], **always, **QUIET)
         self.confusion.click(self.open_cell, chosen, [self.cell], **QUIET)
         events, many = [self.live.input, self.live.clear, self.method.input], {"trigger_mode": "multiple", **CLASSIFIER}
         gr.on(events, self.classify_one, [*chosen, self.live], [self.answer], **many)
@@ -98,21 +98,23 @@ class ClassifierParts:
         gr.on(events, self.classify, [*chosen, self.files], predicted, show_progress="minimal", **CLASSIFIER)
         draft = self.app.class_draft
         again = {"api_visibility": "private", "concurrency_limit": 1}
-        self.predictions.select(self.train_again, [self.run, draft, rows], [draft, *self.app.outputs], **again)
+        self.predictions.select(self.train_again, [self.run, draft, self.rows], [draft, *self.app.outputs], **again)
 
-    def refresh(self, run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
+    def refresh(self, run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> dict[Any, Any]:
         """Show the classifier: its best method, unless another one was chosen; without the predictions of another classifier."""
         view = view_of(self._workspace(request), run_id)
         is_same = before is not None and before[0] == run_id
         result = result_of(view.record, trial if is_same else None) if view else None
         now = (run_id, view and view.state, result and result.trial.folder)
         if now == before:
-            return [gr.skip()] * (1 + 4 + NUM_FIGURES + NUM_USED)
-        empty = gr.HTML(result_html.pending(view), visible=result is None)
-        visible = [empty, gr.Column(visible=result is not None)] * 2
-        hidden = [gr.Dropdown(visible=False), *[gr.skip()] * (NUM_FIGURES - 1)]
-        unused = [gr.skip()] * NUM_USED if is_same else [None, ASK, [], "", gr.DownloadButton(visible=False)]
-        return [now, *visible, *(result_updates(result) if result else hidden), *unused]
+            return {self.seen: gr.skip()}
+        changed = {self.seen: now}
+        for empty, part in ((self.no_result, self.result), (self.no_use, self.use)):
+            changed |= {empty: gr.HTML(result_html.pending(view), visible=result is None), part: gr.Column(visible=bool(result))}
+        changed |= zip(self.figures, result_updates(result) if result else [gr.Dropdown(visible=False)], strict=False)
+        if not is_same:
+            changed |= {self.live: None, self.answer: ASK, self.rows: [], self.predictions: "", self.table: HIDDEN}
+        return changed
 
     def open_cell(self, run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> Markup:
         """The images of the cell that was clicked in the confusion matrix."""
@@ -135,11 +137,11 @@ class ClassifierParts:
         if len(files or []) > MOST_FILES:
             raise InputError(f"At most {MOST_FILES} images can be classified at once, got {len(files)}. Choose fewer.")
         if not files:
-            return [], "", gr.DownloadButton(visible=False)
+            return [], "", HIDDEN
         record = self._workspace(request).run(run_id)
         rows = WORKER.call("classify", record, files, trial)
-        images, table = [ImageFile(Path(file).name, Path(file).parent) for file in files], table_of(rows)
-        download = gr.DownloadButton(value=write_table(table) if table else None, visible=bool(table))
+        images, table = [ImageFile(Path(file).name, Path(file).parent) for file in files], classifiers.predicted_table(rows)
+        download = gr.DownloadButton(value=table, visible=table is not None)
         predicted = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
         return predicted, result_html.predictions(rows, images, result_of(record).classes), download
 
@@ -191,14 +193,3 @@ def reliability(result: Result) -> Plot:
         bins = zip(metrics.reliability.confidence, metrics.reliability.accuracy, metrics.reliability.counts, strict=True)
         series[name] = [(confidence, accuracy) for confidence, accuracy, count in bins if count]
     return Plot("Accuracy by confidence", series, (0.0, 1.0))
-
-
-def table_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A row for each image that was classified, with the likeliest classes and their probabilities."""
-    table = []
-    for row in rows:
-        if "class" in row:
-            table.append({"image": row["image"]})
-            for rank, (name, value) in enumerate(row["top"], start=1):
-                table[-1] |= {f"class {rank}": name, f"probability {rank}": f"{value:.6g}"}
-    return table

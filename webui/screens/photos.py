@@ -25,7 +25,7 @@ from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER, CheckedImage, CheckedImages
 from webui.render import data_url, parts, render, thumbnail
 from webui.screens.check import start_on_click
-from webui.tasks import SUBJECT, on_this_machine
+from webui.tasks import SubjectPlan, on_this_machine
 from webui.uploads import add_crop, add_photos
 from webui.workspace import Workspace
 
@@ -72,7 +72,7 @@ def build(context: AppContext) -> None:
     widgets["cards"] = gr.HTML(js_on_load=SCRIPTS["photos"], elem_id="photos-cards")
     _lay_out_model(context, widgets)
     with gr.Column(elem_id="photos-actions"):
-        panel.build_plan(context, SUBJECT, context.draft, context.draft_changed, "photos")
+        panel.build_plan(context, SubjectPlan, context.draft, context.draft_changed, "photos")
         with gr.Row():
             widgets["train"] = gr.Button("Train", min_width=120, variant="primary", size="lg", elem_id="photos-train")
             widgets["check"] = gr.Button("Check first", min_width=120, size="lg", elem_id="photos-check")

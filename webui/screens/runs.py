@@ -14,7 +14,7 @@ from webui.draft import Draft
 from webui.render import LazyUpdate, component, render, text, updates
 from webui.runs import KINDS, RunView, views
 from webui.screens import compare
-from webui.tasks import TASKS, Task
+from webui.tasks import PLANS, Plan
 from webui.workspace import Workspace
 
 LABELS = {"open": "Open", "resume": "Resume", "stop": "Stop", "duplicate": "Duplicate as new", "delete": "Delete"}
@@ -112,7 +112,7 @@ def _acting(context: AppContext, action: str) -> Callable[..., list[Any]]:
             tab = "classify" if view.task == "classify" else "judge" if view.state == "done" else "train"
         elif action == "duplicate":
             options, is_classifier = launching.duplicate(workspace, view.id), view.task == "classify"
-            draft = draft_like(workspace, TASKS[view.task], classes if is_classifier else subject, options)
+            draft = draft_like(workspace, PLANS[view.task], classes if is_classifier else subject, options)
             tab, drafts = ("classify", [gr.skip(), draft]) if is_classifier else ("check", [draft, gr.skip()])
         elif action == "resume":
             launching.resume(workspace, view.id)
@@ -124,13 +124,12 @@ def _acting(context: AppContext, action: str) -> Callable[..., list[Any]]:
     return act
 
 
-def draft_like(workspace: Workspace, task: Task, stored: object, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def draft_like(workspace: Workspace, plan: type[Plan], stored: object, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The draft of another run with a run's options."""
-    folder = options.get("data", {}).get(task.image_folder)
-    set_id = task.set_of_folder(workspace, folder)
-    if folder is not None and set_id is None:
+    draft = plan.like(workspace, Draft.from_browser(stored), options)
+    if draft.set is None and options.get("data", {}).get(plan.image_folder) is not None:
         gr.Warning(ELSEWHERE)
-    return task.like(workspace, Draft.from_browser(stored), options, set_id).to_browser()
+    return draft.to_browser()
 
 
 def _wire_deleting(
