@@ -89,8 +89,8 @@ class Result:
 
     @property
     def best(self) -> TrialResult:
-        """The most accurate method on the same split; of several, one that uses the model, with the fewest parameters."""
-        return max(self.same_split, key=lambda one: (one.test.top1.value, one.method != PIXELS, -one.num_trainable_parameters))
+        """The most accurate method on the same split."""
+        return _most_accurate(self.same_split)
 
     @property
     def best_adapter(self) -> TrialResult | None:
@@ -130,7 +130,8 @@ class Result:
 
 
 def _most_accurate(trials: Iterable[TrialResult]) -> TrialResult | None:
-    return max(trials, key=lambda one: one.test.top1.value, default=None)
+    """The most accurate trial; of several, one that uses the model, with the fewest parameters."""
+    return max(trials, key=lambda one: (one.test.top1.value, one.method != PIXELS, -one.num_trainable_parameters), default=None)
 
 
 def result_of(record: RunRecord, trial: str | None = None) -> Result | None:

@@ -28,7 +28,7 @@ from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.fewshot.data import LabelledSet, rename
 from pipelines.fewshot.loading import load_folder
-from pipelines.text_files import write_text_atomically
+from pipelines.text_files import write_atomically, write_text_atomically
 from pipelines.untrusted_images import UploadedImage
 from webui.workspace import Workspace
 
@@ -180,7 +180,7 @@ class Dataset:
     def _write(self, content: DatasetContent) -> None:
         if content.classes:
             _write_split(self.folder, content.classes)
-        write_text_atomically(self.folder / SET, CONTENT.dump_json(content, indent=1).decode())
+        write_atomically(self.folder / SET, CONTENT.dump_json(content, indent=1))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -299,9 +299,7 @@ class Dataset:
         """Write a new image and its caption under the next name of `group`; the caller adds it to the images of `group`."""
         entry.file = group.next_file(image.suffix)
         path = self.folder / entry.file
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_bytes(image.content)
-        temporary.replace(path)
+        write_atomically(path, image.content)
         if entry.caption:
             write_text_atomically(path.with_suffix(".txt"), entry.caption)
         return entry

@@ -88,10 +88,7 @@ def display_name(path: str | Path) -> str:
 
 
 def add_images(
-    dataset: Dataset,
-    files: Sequence[str | Path | DatasetSource],
-    class_folder: str | None = None,
-    part: str = "",
+    dataset: Dataset, files: Sequence[str | Path | DatasetSource], class_folder: str | None = None, part: str = ""
 ) -> Added:
     """Add images to a dataset. Unusable files are refused; the others are added.
 
