@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import parse_qs
 
 import gradio as gr
-from gradio.state_holder import StateHolder
 
 from webui.api import build_api
 from webui.context import QUIET, AppContext, Page
@@ -87,7 +87,7 @@ def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
     with Page(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         reopens_event_stream()
-        page.unload(lambda: forget_closed_sessions(page.state_holder))
+        page.unload(partial(forget_closed_sessions, page))
         gr.HTML(HEADER)
         context = AppContext(page, settings, list(SCREENS))
         # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
@@ -111,13 +111,22 @@ def reopens_event_stream() -> None:
     gr.Button(visible="hidden", elem_id="reopen-event-stream").click(lambda: None, trigger_mode="multiple", **QUIET)
 
 
-def forget_closed_sessions(sessions: StateHolder) -> None:
-    """Forget the sessions of closed pages but the `MAX_CLOSED_SESSIONS` last used, whose memory Gradio would not free."""
+async def forget_closed_sessions(page: gr.Blocks) -> None:
+    """Forget the sessions of closed pages but the `MAX_CLOSED_SESSIONS` last used, whose memory Gradio would not free.
+
+    Of each, it keeps the state, and the responses that the page has not read. It runs in the event loop, as the queue does.
+    """
+    sessions, queue = page.state_holder, page._queue
     with sessions.lock:
-        closed = [name for name, session in list(sessions.session_data.items()) if session.is_closed]
+        closed = [name for name, session in sessions.session_data.items() if session.is_closed]
         for name in closed[:-MAX_CLOSED_SESSIONS]:
             del sessions.session_data[name]
             sessions.time_last_used.pop(name, None)
+    for name in queue.pending_messages_per_session.keys() - sessions.session_data.keys():
+        # Events that go on write to the session.
+        if queue.event_ids_to_events.keys().isdisjoint(queue.pending_event_ids_session.get(name, ())):
+            del queue.pending_messages_per_session[name]
+            queue.pending_event_ids_session.pop(name, None)
 
 
 def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
