@@ -1,5 +1,6 @@
-"""A run whose launcher is ended saves and stops too."""
+"""A run whose launcher is ended saves and stops too, and a signal during an import stops it after the import."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from subject_runs import FLAGS, PROMPT
 
-from training.engine.stopping import StopRequests, launcher
+from training.engine.stopping import StopRequests, TrainingInterrupted, launcher, stopping_at_once
 from training.runs.record import newest_step
 from training.runs.run import RunDirectory
 
@@ -29,7 +30,7 @@ def wait_for(what):
 
 @pytest.mark.slow(25)
 def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, images_dir, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += [str(ROOT / "training" / "dreambooth_nora.py"), *FLAGS.split(), *LONG.split(), "--instance_prompt", PROMPT]
     command += ["--validation_prompt", PROMPT, "--output_dir", str(tmp_path / "run")]
     command += ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(images_dir)]
@@ -55,3 +56,17 @@ def test_the_end_of_the_launcher_counts_as_a_request_to_stop(monkeypatch):
 
 def test_only_accelerate_is_a_launcher():
     assert launcher() is None
+
+
+def test_a_signal_during_an_import_waits_for_its_end(tmp_path, monkeypatch):
+    (tmp_path / "stopped_import.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nENDED = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = []
+
+    def run():
+        ended.append(importlib.import_module("stopped_import").ENDED)
+        time.sleep(PATIENCE)
+
+    with pytest.raises(TrainingInterrupted, match="SIGTERM"), stopping_at_once():
+        run()
+    assert ended == [True]

@@ -16,6 +16,8 @@ from pipelines.errors import InputError
 from training.runs.durable import DiskFullError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# How long a signal that came during an import waits until it is sent again.
+IMPORT_SECONDS = 0.2
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -81,10 +83,17 @@ class StopRequests:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """A context in which SIGTERM and SIGINT raise `TrainingInterrupted`, so that the status records how the run ended."""
+    """A context in which SIGTERM and SIGINT raise `TrainingInterrupted`, so that the status records how the run ended.
+
+    During an import they do so at its end: extension modules would drop the exception, or make an ImportError of it.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TrainingInterrupted(number)
+        if not _is_importing(frame):
+            raise TrainingInterrupted(number)
+        again = threading.Timer(IMPORT_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -95,6 +104,12 @@ def stopping_at_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
