@@ -1,7 +1,7 @@
 /* What the page does beside Gradio: it looks for changes of runs, shows what is running, keeps the address up to date, notifies, and
 reopens event streams. The hidden buttons that it clicks, and the listeners that call `window.noraVision`, are in `webui/page.py`. */
 () => {
-  const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100, CLOSE_MS = 1000, MAX_REOPENED = 3;
+  const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100, CLOSE_MS = 1000, MAX_TRIES = 3;
   // How often a screen is refreshed while a run goes on. The others are refreshed when the state of a run changes.
   const REFRESH_MS = { train: 5000, judge: 10000, runs: 10000, classify: 10000, use: 10000 };
   const TITLE = document.title;
@@ -107,10 +107,11 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
 
   /* What the page selects by itself when it opens is no step back: its first screen, which comes before that of the address, and
   the run if the address names none. */
-  let isOpen = false;
+  let isUsed = false;
+  for (const type of ["click", "keydown"]) addEventListener(type, (event) => (isUsed ||= event.isTrusted), { capture: true });
   function shows(name, value, isStep = true) {
     const query = new URLSearchParams(location.search);
-    if (!value || query.get(name) === value || (name === "tab" && !isOpen)) return;
+    if (!value || query.get(name) === value || (name === "tab" && !isUsed)) return;
     const isFirst = name === "run" && !query.has("run");
     history[isStep && !isFirst ? "pushState" : "replaceState"](null, "", addressOf({ [name]: value }));
     if (name === "tab") showsRun(false);
@@ -119,8 +120,8 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   window.addEventListener("popstate", follow);
   /* The server selects the run. The tab is opened here, since its response may come after the user has opened another one. */
   function showsTab() {
-    const tabs = [...document.querySelectorAll(`#screens > .tab-wrapper [data-tab-id="${CSS.escape(openScreen())}"]`)];
-    tabs.find((tab) => tab.checkVisibility() && tab.ariaSelected !== "true")?.click();
+    const tabs = [...document.querySelectorAll("#screens > .tab-wrapper [data-tab-id]")].filter((tab) => tab.checkVisibility());
+    tabs.find((tab) => tab.dataset.tabId === openScreen() && tab.ariaSelected !== "true")?.click();
   }
 
   function follow() {
@@ -139,14 +140,20 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     shows("tab", screen);
   }
 
-  /* The page shows what its address names. A user who was quicker has opened another screen meanwhile. */
+  /* The page shows what its address names: until it is laid out, its tabs cannot be opened, or are replaced. A user who was quicker
+  has opened another screen meanwhile. */
   function opened() {
     refresh();
-    isOpen = true;
-    setTimeout(() => {
-      const tab = document.querySelector("#screens > .tab-wrapper [aria-selected=true]")?.dataset.tabId;
-      if (tab !== openScreen()) shows("tab", tab);
-    }, ANSWER_MS);
+    setTimeout(settle, ANSWER_MS, 0);
+  }
+
+  function settle(tries) {
+    const tab = document.querySelector("#screens > .tab-wrapper [aria-selected=true]")?.dataset.tabId;
+    if (tab === openScreen()) return;
+    isUsed ||= tries === MAX_TRIES;
+    if (isUsed) return shows("tab", tab);
+    showsTab();
+    setTimeout(settle, ANSWER_MS, tries + 1);
   }
 
   window.noraVision = { showsTab, showsRun, refresh, selected, opened };
@@ -215,7 +222,7 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   function reopen() {
     if (openStreams > 0) return;
     // A cancelled event has no response.
-    for (const [event, { reopened }] of pending) if (reopened === MAX_REOPENED) pending.delete(event);
+    for (const [event, { reopened }] of pending) if (reopened === MAX_TRIES) pending.delete(event);
     showBusy();
     if (pending.size === 0) return;
     for (const event of pending.values()) event.reopened += 1;
