@@ -22,7 +22,6 @@ import torch
 from nora_vision.files import AdapterFileError
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
-from pipelines.fewshot.data import LabelledSet
 from pipelines.fewshot.feature_cache import FeatureCache
 from pipelines.fewshot.loading import load_images
 from pipelines.fewshot.samples import sample_set
@@ -61,8 +60,8 @@ ADVICE = {
 }
 PIPELINES = PipelineCache()
 FEATURES = FeatureCache()
-# A job too: the adapters of a request as one LoRA file.
-merge = PIPELINES.merge
+# Two jobs more: the adapters of a request as one LoRA file, and the classes of scikit-learn's handwritten digits.
+merge, digits = PIPELINES.merge, sample_set
 T = TypeVar("T")
 
 
@@ -167,11 +166,6 @@ def _crop(name: str, preview: CropPreview) -> Crop:
 def long_prompts_of(images: Dataset, options: SubjectOptions) -> list[str]:
     """A sentence for each prompt or caption that is truncated; none if the model's tokenizers are not on this machine."""
     return truncated_prompts(options, [(Path(entry.name), entry.caption) for entry in images.photos() if entry.caption])
-
-
-def digits() -> LabelledSet:
-    """The classes of scikit-learn's handwritten digits."""
-    return sample_set()
 
 
 def dataset_image(path: str | None, dataset: str | None, name: str) -> DatasetSource | None:
