@@ -214,15 +214,15 @@ class Visitor:
         await page.fill("#subject-optimisation-max_train_steps", STEPS)
         await page.locator("#subject-optimisation-max_train_steps").blur()
         await page.locator("#check-command").filter(has_text=f"--max_train_steps {STEPS} ").wait_for()
-        shown = page.locator("#train-state [data-run]")
-        before = await shown.get_attribute("data-run") if await shown.count() else None
+        selected = page.locator("#train-state [data-run]")
+        before = await selected.get_attribute("data-run") if await selected.count() else None
         await page.click("#check-start")
         await page.locator("#screen-train-button[aria-selected=true]").wait_for()
         await page.wait_for_function(
             "(before) => ![undefined, before].includes(document.querySelector('#train-state [data-run]')?.dataset.run)",
             arg=before,
         )
-        self.load.started[self.user].append(str(await shown.get_attribute("data-run")))
+        self.load.started[self.user].append(str(await selected.get_attribute("data-run")))
 
     async def generate(self) -> None:
         """Generate an image, if a run has an adapter."""
