@@ -139,9 +139,9 @@ class SubjectTraining:
 
     def __init__(self, accelerator: Accelerator, run: RunDirectory, options: SubjectOptions, images: DatasetSplit) -> None:
         self.accelerator, self.run, self.options, self.images = accelerator, run, options, images
-        run.plan(plan.phases(options, len(images.folds)))
-        run.begin(LOADING)
         model, self.seed = options.model, options.optimisation.seed
+        self._plan()
+        run.begin(LOADING)
         load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
         dtype, self.unquantized = WEIGHT_DTYPES[accelerator.mixed_precision], unquantized_folder(run, options, accelerator)
         self.pipeline = load(dtype, unquantized=self.unquantized)
@@ -163,6 +163,15 @@ class SubjectTraining:
         )
         paths = [image.path for image in images.train[:DISPLAYED_IMAGES]]
         self.displayed = images_of(load_examples(paths, self.resolution))
+
+    def _plan(self) -> None:
+        """Plan the phases, with the pace of an earlier run until the dry run measures this one's."""
+        progress, options = self.run.progress, self.options
+        self.run.plan(plan.phases(options, len(self.images.folds)))
+        pace = plan.expected_pace(self.run.path.parent, options.model.pretrained_model_name_or_path)
+        # An earlier session of a resumed run has done a part of it that is not known here.
+        if pace is not None and progress.share is None and not options.output.dry_run:
+            progress.estimate(plan.estimated_seconds(options, pace))
 
     def sample_base_model(self) -> list[Image.Image]:
         """Generate the base model's samples; they and some training images are saved at once, unless they were before."""

@@ -29,7 +29,7 @@ from training.options.values import Options, Values, defaults, merged, without
 from training.runs.record import RunRecord
 from training.runs.run_files import GB, DryRunReport
 from training.runs.snapshot import RunSnapshot
-from training.subject.plan import Pace, total_seconds
+from training.subject.plan import DEMO_PACE, Pace, expected_pace, total_seconds
 from webui import launching
 from webui.datasets import Dataset
 from webui.draft import EXAMPLE, Draft, Preset, RunSettings, presets_of
@@ -40,10 +40,6 @@ from webui.workspace import Workspace
 
 # A hidden folder below the runs, so that it is not listed as one.
 DRY_RUNS, NEW_RUN = ".rehearsals", "NEW-RUN"
-# The runs whose pace may be that of the next one.
-RECENT = 20
-# With the built-in model on one core: see presets.toml.
-DEMO_PACE = Pace(image=0.23 / 4, sample=1.2, loading=4.0)
 GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
 
@@ -201,19 +197,11 @@ class SubjectPlan(Plan):
     def predict(self, options: SubjectOptions) -> tuple[str, str | None, float | None]:
         """The trigger word and the class word, the base model, and the sum of all phases from loading to verification."""
         model = options.model.pretrained_model_name_or_path
-        pace, dry_run = self._pace(model), Pace.measured(self.dry_run)
+        pace, dry_run = expected_pace(self.workspace.runs, model), Pace.measured(self.dry_run)
         if pace is not None and dry_run is not None:
             pace = replace(pace, image=dry_run.image)
         seconds = None if pace is None else total_seconds(options, self.num_images, pace)
         return f"{self.settings.trigger.strip()} {self.settings.kind}", None if is_built_in(model) else model, seconds
-
-    def _pace(self, model: str) -> Pace | None:
-        """The pace of the newest finished run with the base model, or else of the built-in one as it was measured."""
-        runs = map(self.workspace.run, self.workspace.run_ids()[:RECENT])
-        paces = (
-            Pace.measured(run) for run in runs if run.options().get("model", {}).get("pretrained_model_name_or_path") == model
-        )
-        return next(filter(None, paces), DEMO_PACE if is_built_in(model) else None)
 
     @cached_property
     def dry_run(self) -> RunRecord:

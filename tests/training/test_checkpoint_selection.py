@@ -98,7 +98,7 @@ def test_a_step_with_more_similar_samples_is_preferred_to_the_one_with_the_lowes
     found = suggest(curve(FALL), 30, samples(10, 20, subject=[0.5, 0.7]))
     assert (found.step, found.warnings[0][:12]) == (20, "Overfitting:")
     for said in (
-        "Of the steps 10 and 20, step 20 is clearly the most similar to the subject.",
+        "Of the checkpoints at steps 10 and 20, step 20 is clearly the most similar to the subject.",
         "Image similarity (CLIP-I) 0.700; range over all steps 0.200 (base model) to 0.700 (step 20).",
         "Validation loss 0.7000; range over all steps 0.5000 (step 10) to 1.0000 (base model).",
         "Memorisation: nearest image 0.300 (limit 0.900), nearest thumbnail 0.100 (limit 0.900).",
@@ -253,7 +253,7 @@ def check_sentences(points, scored, last):
         assert found.step in named(words)
         if "lowest validation loss" in of_these:
             assert tables["Validation loss"][0][found.step] == min(tables["Validation loss"][0][step] for step in named(words))
-    for words in re.findall(r"Of the steps ([\d, and]+), step \d+ is clearly the most similar", found.why):
+    for words in re.findall(r"Of the checkpoints at steps ([\d, and]+), step \d+ is clearly the most similar", found.why):
         assert scored[found.step].subject == max(scored[step].subject for step in named(words))
     compared, excluded = re.findall(r"Compared: (.*?)\.", found.why), re.findall(r"Excluded for [a-z ]+: (.*?)\.", found.why)
     if compared:

@@ -7,8 +7,8 @@ import pytest
 from training.options import SubjectOptions
 from training.runs.progress import PlannedPhase, RunProgress
 from training.runs.run import RunDirectory
-from training.runs.run_files import CROSS_VALIDATION, EXPORTING, LOADING, TRAINING, RunStatus
-from training.subject.plan import Pace, estimated_seconds, fold_steps, phases
+from training.runs.run_files import COMPARING, CROSS_VALIDATION, EXPORTING, LOADING, SAMPLING, TRAINING, DryRunReport, RunStatus
+from training.subject.plan import DEMO_PACE, Pace, estimated_seconds, expected_pace, fold_steps, phases
 
 
 class Clock:
@@ -107,4 +107,22 @@ def test_a_subject_s_run_plans_its_folds_and_estimates_every_phase():
     assert seconds[LOADING] == 3.0
     assert seconds[TRAINING] > options.optimisation.max_train_steps * 0.5
     assert seconds[CROSS_VALIDATION] > fold_steps(options.optimisation.max_train_steps) * 0.5
-    assert seconds[EXPORTING] > len(options.output.validation_prompt) * 2.0
+    sampling = len(options.output.validation_prompt) * 2.0
+    assert seconds[EXPORTING] > sampling
+    # Each candidate is generated and scored, and the recommended step may be generated once more.
+    assert seconds[COMPARING] > (options.validation.num_candidate_images + 1) * sampling
+
+
+def test_a_run_expects_the_pace_of_the_newest_finished_one_with_its_base_model(tmp_path):
+    assert expected_pace(tmp_path, "mini-sdxl") == DEMO_PACE
+    assert expected_pace(tmp_path, "owner/model") is None
+    for name, model, state in (("a", "owner/model", "done"), ("b", "owner/model", "failed"), ("c", "owner/other", "done")):
+        optimisation = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+        model_options = {"pretrained_model_name_or_path": model}
+        groups = {"optimisation": optimisation, "output": {"validation_prompt": ["x", "y"]}, "model": model_options}
+        run = RunDirectory.create(tmp_path / name, groups)
+        DryRunReport(1, 0.8, 8.0, 1, 1, 1, 1, None).write(run.path)
+        run.update_status(state=state, plan=[PlannedPhase(LOADING, 3.0), PlannedPhase(SAMPLING, 5.0)])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "status.json").write_text("no status")
+    assert expected_pace(tmp_path, "owner/model") == Pace(image=0.2, sample=2.5, loading=3.0)

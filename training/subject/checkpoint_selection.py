@@ -156,7 +156,7 @@ def _reason(curve: Sequence[Point], step: int, eligible: Sequence[int], similar:
     if len(eligible) == 1:
         return f"Step {step} is the only compared step without near copies and with a high similarity to the prompts."
     if len(similar) == 1:
-        return f"Of the {_steps(eligible).lower()}, step {step} is clearly the most similar to the subject."
+        return f"Of the checkpoints at {_steps(eligible).lower()}, step {step} is clearly the most similar to the subject."
     if step in losses:
         why = f"Of these, step {step} has the lowest validation loss, {losses[step]:.4f}."
     elif curve:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from pipelines.built_in import is_built_in, recorded_name
 from pipelines.subject.heldout import num_folds
 from training.options import SubjectOptions
 from training.runs.progress import PlannedPhase
@@ -20,18 +22,27 @@ from training.runs.run_files import (
     EXPORTING,
     LOADING,
     SAMPLING,
+    STATUS,
     TRAINING,
     UPLOADING,
     DryRunReport,
 )
+from training.runs.snapshot import RunSnapshot, began
 
 # The steps of a fold, as a share of those of the training.
 FOLD_SHARE = 0.5
 # The forward passes of one image in a measurement of the losses and in a calibration, and those that take as long as a training
 # step on that image.
 MEASURED_PASSES, CALIBRATION_PASSES, PASSES_PER_STEP = 128, 32, 3
+# Loading an adapter, generating its samples and scoring them, compared with generating them.
+SCORED = 1.5
+# The certificate's images, with fewer steps, as a number of samples.
+CERTIFIED_SAMPLES = 3
 # Seconds to write the exported files, and to start the process that checks them.
 WRITING_SECONDS, PROCESS_SECONDS = 2.0, 12.0
+MODEL = "pretrained_model_name_or_path"
+# The runs whose pace may be that of the next one.
+RECENT = 20
 
 
 def fold_steps(max_train_steps: int) -> int:
@@ -71,13 +82,27 @@ class Pace:
     @classmethod
     def measured(cls, record: RunRecord) -> Pace | None:
         """The pace of a run; None if it is not done or has measured none."""
-        status, options, report = record.status(), record.options(), DryRunReport.read(record.path)
-        if status.state != "done" or report is None or not options:
+        run = RunSnapshot(record)
+        report, options = run.read_file(DryRunReport), run.options
+        if run.status.state != "done" or report is None or not options:
             return None
         batch = options["optimisation"]["train_batch_size"] * options["optimisation"]["gradient_accumulation_steps"]
         prompts = max(1, len(options["output"]["validation_prompt"] or ()))
-        took = {phase.name: phase.seconds or 0.0 for phase in status.plan or ()}
+        took = {phase.name: phase.seconds or 0.0 for phase in run.status.plan or ()}
         return cls(report.seconds_per_step / batch, took.get(SAMPLING, 0.0) / prompts, took.get(LOADING, 0.0))
+
+
+# With the built-in model on one core. The default run took 146 s of processor time (estimated: 177 s), of which the first five
+# samples took 2.7 s, the comparison of checkpoints 19 s (estimated: 23 s) and the certificate 12 s (estimated: 18 s).
+DEMO_PACE = Pace(image=0.23 / 4, sample=0.6, loading=4.0)
+
+
+def expected_pace(folder: Path, model: str) -> Pace | None:
+    """The pace of the newest finished run in `folder` with this base model, else that of the built-in one; None for others."""
+    runs = sorted((status.parent for status in folder.glob(f"*/{STATUS}")), key=began, reverse=True)[:RECENT]
+    of_model = [run for run in map(RunRecord, runs) if RunSnapshot(run).chosen("model", MODEL) == recorded_name(model)]
+    known = next(filter(None, map(Pace.measured, of_model)), None)
+    return known or (DEMO_PACE if is_built_in(model) else None)
 
 
 def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
@@ -100,8 +125,9 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
         CROSS_VALIDATION: training(fold_steps(steps)) + measuring,
         TRAINING: training(steps) + math.ceil(steps / options.output.validation_steps) * sampling,
         EXPORTING: sampling + WRITING_SECONDS,
-        COMPARING: (options.validation.num_candidate_images or 0) * sampling + WRITING_SECONDS,
-        CERTIFYING: PROCESS_SECONDS + pace.loading + 2 * pace.sample,
+        # The recommended adapter is exported too, and its images are generated again if they were scored during training.
+        COMPARING: ((options.validation.num_candidate_images or 0) * SCORED + 1) * sampling + WRITING_SECONDS,
+        CERTIFYING: PROCESS_SECONDS + pace.loading + CERTIFIED_SAMPLES * pace.sample,
         UPLOADING: PROCESS_SECONDS,
     }
 
