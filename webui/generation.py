@@ -40,8 +40,6 @@ LAYOUTS: dict[Layout, tuple[str, str]] = {
 }
 # Favourites are kept beyond this number.
 MAX_IMAGES_KEPT = 200
-# Settings of an image that have the name of a field of its request.
-AGAIN = ("prompt", "negative_prompt", "seed", "guidance_scale")
 # The leading dot keeps it from being the id of a dataset.
 FOLDER = ".drawn"
 FAVOURITE = ".favourite"
@@ -100,23 +98,21 @@ def find_adapter(workspace: Workspace, reference: str, scale: Any = 1.0, blocks:
     """
     owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
     if owner == FILE:
-        uploaded = [{"name": name, "path": path} for name, path in uploads.adapters(workspace) if path.stem == part]
-        where = next(iter(uploaded), None)
+        adapters = [{"name": name, "path": path} for name, path in uploads.adapters(workspace) if path.stem == part]
     else:
-        where = _of_run(RunView(workspace.run(owner)), part)
-    if where is None:
+        adapters = _adapters_of(RunView(workspace.run(owner)), part)
+    if not adapters:
         raise InputError("This adapter no longer exists. Choose another one.")
-    return ScaledAdapter(**where, reference=reference, scale=scale, blocks=blocks or BlockScales())
+    return ScaledAdapter(**adapters[0], reference=reference, scale=scale, blocks=blocks or BlockScales())
 
 
-def _of_run(view: RunView, part: str) -> dict[str, Any] | None:
+def _adapters_of(view: RunView, part: str) -> list[dict[str, Any]]:
+    """The adapter of a run at the step `part`, if there is one."""
     if view.task != "subject" or "model" not in view.options:
         raise InputError("This run has no adapter for generation. Choose a subject run.")
-    step = next((saved for _, saved in steps_of(view.record).choices if str(saved) == part), None)
-    if step is None:
-        return None
-    path = view.record.path if step == last_step(view.record) else adapter_at(view.record, step)
-    return {"name": f"{view.title}, step {step}", "path": path, "model": view.options["model"]}
+    record, steps = view.record, [step for _, step in steps_of(view.record).choices if str(step) == part]
+    paths = {step: record.path if step == last_step(record) else adapter_at(record, step) for step in steps}
+    return [{"name": f"{view.title}, step {step}", "path": paths[step], "model": view.options["model"]} for step in steps]
 
 
 def request_again(workspace: Workspace, settings: dict[str, Any], **changes: Any) -> GenerationRequest:
@@ -124,17 +120,12 @@ def request_again(workspace: Workspace, settings: dict[str, Any], **changes: Any
 
     Raises: InputError if one of its adapters no longer exists.
     """
-    adapters = [(each["reference"], each["scale"], BlockScales(**each.get("blocks", {}))) for each in settings["adapters"]]
-    values = {"steps": settings["num_inference_steps"], **{name: settings[name] for name in AGAIN}}
+    adapters = [(each["reference"], each["scale"], BlockScales(**each["blocks"])) for each in settings["adapters"]]
+    values = {name: settings[name] for name in ("prompt", "negative_prompt", "seed", "guidance_scale")}
     # Without one of these names it was the model's own.
     sampler = settings["sampler"] if settings["sampler"] in SAMPLERS else None
-    return request_for(workspace, adapters, **{**values, "size": size_in(settings), "sampler": sampler, **changes})
-
-
-def size_in(settings: dict[str, Any]) -> tuple[int, int] | None:
-    """The width and height in an image's settings, which are one number in those of earlier versions."""
-    size = settings.get("resolution")
-    return (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+    values |= {"steps": settings["num_inference_steps"], "size": settings["resolution"], "sampler": sampler}
+    return request_for(workspace, adapters, **values | changes)
 
 
 def request_for(
@@ -227,33 +218,16 @@ def settings_of(path: Path) -> tuple[dict[str, Any], int]:
 
 def layouts_of(record: RunRecord) -> dict[Layout, int | None]:
     """The layouts in which the run's adapters can be downloaded, and the size of each in bytes; None if not yet known."""
-    sizes = {layout: _bytes_in(_folder(record, layout)) for layout in LAYOUTS}
-    return {layout: size for layout, size in sizes.items() if size is not None or not _is_missing(record, layout)}
-
-
-def _is_missing(record: RunRecord, layout: Layout) -> bool:
-    """Whether a layout without files cannot be made."""
-    if layout == "compact":
-        # A method without a compact layout saves every step in the full one.
-        folders = [record.path / "adapter", *(adapter_at(record, step) for step in saved_steps(record)[-1:])]
-        return any((folder / "full").is_dir() for folder in folders)
-    # An adapter that is no change of weights is not exported.
-    return layout != "full" and (record.path / "adapter").is_dir()
-
-
-def _folder(record: RunRecord, layout: Layout) -> Path:
-    steps = saved_steps(record)
-    if last_step(record) is None and steps:
-        return adapter_at(record, steps[-1]) / layout
-    return record.path / "adapter" / layout if layout in ("compact", "full") else record.path / layout
+    final, saved = record.path / "adapter", [adapter_at(record, step) for step in saved_steps(record)[-1:]]
+    folders = {"compact": final, "full": final, "diffusers": record.path, "kohya": record.path}
+    if saved and last_step(record) is None:
+        folders = dict.fromkeys(LAYOUTS, saved[0])
+    sizes = {layout: _bytes_in(folders[layout] / layout) for layout in LAYOUTS}
+    # A method without a compact layout saves every step in the full one; an adapter that is no change of weights is not exported.
+    missing = ["compact"] if any((folder / "full").is_dir() for folder in (final, *saved)) else []
+    missing += ["diffusers", "kohya"] if final.is_dir() else []
+    return {layout: size for layout, size in sizes.items() if size is not None or layout not in missing}
 
 
 def _bytes_in(folder: Path) -> int | None:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) or None if folder.is_dir() else None
-
-
-def size_text(size: int | None) -> str:
-    """A file size as text."""
-    if size is None:
-        return "created when downloaded"
-    return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{max(1, round(size / 1024))} KB"

@@ -224,7 +224,7 @@ def _finish(connection: Connection, name: str, future: Future[None]) -> None:
 
 
 class CheckedImage(NamedTuple):
-    """The result of the checks of one image: a verdict, one of `webui.screens.photos.CHIPS`, and a sentence per finding."""
+    """The result of the checks of one image: its verdict, for which photos.html has a colour, and a sentence per finding."""
 
     verdict: str
     sentences: tuple[str, ...]

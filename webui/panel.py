@@ -121,7 +121,7 @@ def settings_updates(plan: Plan) -> tuple[Any, ...]:
     return plan.preset.name, reasons, gr.HTML(state=form_state(plan)), command
 
 
-def build_plan(context: AppContext, plan: type[Plan], draft: gr.BrowserState, changed: gr.State, tab: str) -> gr.HTML:
+def build_plan(context: AppContext, plan: type[Plan], draft: gr.BrowserState, changed: gr.State, tab: str) -> None:
     """Put the line into the screen `tab` that says what Train will do, or why it cannot start."""
     line = gr.HTML(elem_id=f"{tab}-plan")
 
@@ -135,4 +135,3 @@ def build_plan(context: AppContext, plan: type[Plan], draft: gr.BrowserState, ch
 
     triggers = [context.page.load, changed.change, context.active_tab.change]
     gr.on(triggers, describe, [context.active_tab, draft], [line], **QUIET)
-    return line

@@ -10,7 +10,7 @@ import base64
 import io
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,10 +75,10 @@ def sample_image(sample: Sample, alt: str = "", loading: str = "lazy") -> Markup
     return parts.image(thumbnail(sample.path), alt, "pixel" if sample.side <= CRISP_SIDE else "", loading)
 
 
-def data_url(image: Image.Image, quality: int = 90) -> str:
+def data_url(image: Image.Image) -> str:
     """A small image as a data URL, which leaves no file in the cache."""
     content = io.BytesIO()
-    image.save(content, "webp", quality=quality)
+    image.save(content, "webp")
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -198,12 +198,15 @@ def component(kind: type[gr.blocks.Block], visible: bool, **properties: Any) -> 
     return LazyUpdate((visible, *properties.values()), lambda: kind(visible=visible, **properties))
 
 
-def updates(now: Mapping[str, LazyUpdate], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
-    """The updates of the outputs `names`, `gr.skip()` for those that the page shows already, and last what it has seen then.
+def updates(
+    now: Mapping[str, LazyUpdate], seen: Mapping[str, Hashable], components: Mapping[str, gr.blocks.Block], sees: gr.State
+) -> dict[gr.blocks.Block, Any]:
+    """The updates of those `components` whose content has changed, and that of what the page has seen then.
 
     Args:
-        now: the current content.
-        seen: the keys of what was sent before.
+        now: the current content, by the names of the components; others stay as they are.
+        seen: the keys of what was sent before, the value of the state `sees`.
     """
-    sent = [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
-    return [*sent, {name: update.key for name, update in now.items()}]
+    changed = [name for name, update in now.items() if name not in seen or seen[name] != update.key]
+    sent = {components[name]: now[name].make() for name in changed}
+    return sent | {sees: {**seen, **{name: now[name].key for name in changed}}}

@@ -44,7 +44,6 @@ PHASES = {
     phases.REPORTING: ("Writing the report", "Report"),
 }
 STARTING = "Starting: loading the libraries takes a few seconds"
-KINDS = {"subject": "Subject", "classify": "Classifier"}
 # Errors whose messages are written for users.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
 LONGEST_ERROR = 400

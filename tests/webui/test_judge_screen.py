@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from itertools import permutations
 
-import gradio as gr
 import pytest
 from browsing import go_to, quiet
 from PIL import Image
@@ -226,13 +225,15 @@ def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
         finished.log(step, loss=1.0, lr=1e-3)
     page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
     named = (fn for fn in page.fns.values() if "judge-samples" in [getattr(output, "elem_id", None) for output in fn.outputs])
-    refresh = next(named).fn
+    (*_, chosen_state, seen_state), refresh = (found := next(named)).outputs, found.fn
     chosen, seen = None, {}
     for _ in range(3):
-        *sent, chosen, seen = refresh("a", chosen, seen, None)
-    assert all(each == gr.skip() for each in sent)
-    *sent, _, _ = refresh("a", replace(chosen, result="You preferred it."), seen, None)
-    assert ["You preferred it." in each.value for each in sent if each != gr.skip()] == [True]
+        sent = refresh("a", chosen, seen, None)
+        chosen, seen = sent.pop(chosen_state), sent.pop(seen_state)
+    assert sent == {}
+    sent = refresh("a", replace(chosen, result="You preferred it."), seen, None)
+    (choice,) = sent.keys() - {chosen_state, seen_state}
+    assert "You preferred it." in sent[choice].value
 
 
 # Whether the first line on the screen has that many points.

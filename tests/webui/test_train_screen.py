@@ -12,7 +12,7 @@ from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, fin
 from training.runs.record import RunRecord
 from training.runs.run_log import LOG
 from webui.page import build_page
-from webui.render import updates
+from webui.render import LazyUpdate, updates
 from webui.runs import RunView, duration, plain_error, view_of
 from webui.screens.train import BUTTONS, contents, current_part, losses
 from webui.workspace import Settings, Workspace
@@ -207,13 +207,17 @@ def test_durations_are_rounded(seconds, words):
     assert duration(seconds) == words
 
 
-def handler(tmp_path):
-    """The listener that refreshes the screen."""
+def refreshing(tmp_path):
+    """The listener that refreshes the screen; it returns the updates by component, and the next state."""
     page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
-    (found, *_) = [
-        fn for fn in page.fns.values() if "train-state" in [output.elem_id for output in fn.outputs if hasattr(output, "elem_id")]
-    ]
-    return found
+    (found, *_) = [fn for fn in page.fns.values() if "train-state" in [getattr(one, "elem_id", None) for one in fn.outputs]]
+
+    def refresh(seen):
+        sent = found.fn("a", seen, False, None)
+        (state,) = [each for each in sent if isinstance(each, gr.State)]
+        return sent, sent.pop(state)
+
+    return refresh
 
 
 def test_a_refresh_with_500_points_sends_only_the_changed_curves(workspace, tmp_path):
@@ -221,16 +225,14 @@ def test_a_refresh_with_500_points_sends_only_the_changed_curves(workspace, tmp_
     measure(run)
     for step in (0, 100, 200, 300):
         add_samples(run, step)
-    refresh = handler(tmp_path).fn
-    *_, seen = refresh("a", {}, False, None)
+    refresh = refreshing(tmp_path)
+    _, seen = refresh({})
     for step in range(501, 504):
         run.log(step, loss=1.0, lr=1e-3)
-        *sent, seen = refresh("a", seen, False, None)
-        changed = [each for each in sent if each != gr.skip()]
-        assert {type(each) for each in changed} <= {gr.LinePlot, gr.HTML}
-        assert [each.elem_id for each in changed if isinstance(each, gr.HTML) and each.elem_id] == []
-    *sent, _ = refresh("a", seen, False, None)
-    assert all(each == gr.skip() for each in sent)
+        sent, seen = refresh(seen)
+        assert {type(each) for each in sent} <= {gr.LinePlot, gr.HTML}
+        assert [each.elem_id for each in sent if isinstance(each, gr.HTML) and each.elem_id] == []
+    assert refresh(seen) == ({}, seen)
 
 
 def test_the_log_is_sent_only_if_it_is_open(workspace):
@@ -252,10 +254,12 @@ def test_an_update_is_made_only_if_its_key_changed():
     def fails():
         raise AssertionError
 
-    found = contents(None)
-    same = {name: part.key for name, part in found.items()}
-    unmade = {name: type(part)(part.key, fails) for name, part in found.items()}
-    assert updates(unmade, same, found) == [*[gr.skip()] * len(found), same]
+    same = {name: part.key for name, part in contents(None).items()}
+    unmade = {name: LazyUpdate(key, fails) for name, key in same.items()}
+    sees, one = gr.State(), gr.HTML()
+    assert updates(unmade, same, {}, sees) == {sees: same}
+    changed = {"state": LazyUpdate("other", lambda: "new")}
+    assert updates(unmade | changed, same, {"state": one}, sees) == {one: "new", sees: {**same, "state": "other"}}
 
 
 def test_the_newest_contact_sheet_is_shown_if_there_are_no_single_samples(workspace):

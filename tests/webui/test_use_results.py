@@ -61,8 +61,8 @@ def test_a_file_for_sdxl_comes_with_places_trigger_word_weight_and_a_workflow(tm
 
 def test_a_file_of_the_demo_model_is_not_offered_for_sdxl_programs(tmp_path):
     card, workflow, code = card_for(tmp_path, "mini-sdxl")
-    assert DEMO in card.value
     assert "models/loras" not in card.value
+    assert "load_lora_weights" in card.value
     assert "lora:" not in card.value
     assert not workflow.visible
     assert "BUILT_IN_MODEL" in code.value
@@ -101,8 +101,8 @@ def test_the_values_of_the_page_become_one_request(tmp_path):
     view_of_model(tmp_path / "runs" / "a", SDXL)
     view_of_model(tmp_path / "runs" / "b", SDXL)
     workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
-    fields = ["a star", "", 2, 5, "Same seed", "832 x 1216", "Euler a", 9, 3.5, True]
-    rows = ["", 0.5, 0.3, 1, 1, "b@60", 0.7, 1, 1, 1, "", 1, 1, 1, 1, "", 1, 1, 1, 1]
-    made = request_of(workspace, "a", 60, *fields, *rows)
+    fields = {"prompt": "a star", "count": 2, "seed": 5, "seeding": "Same seed", "size": "832 x 1216", "sampler": "Euler a"}
+    slots = [["a@60", 0.5, 0.3, 1, 1], ["b@60", 0.7, 1, 1, 1], ["", 1, 1, 1, 1]]
+    made = request_of(workspace, {**fields, "steps": 9, "guidance_scale": 3.5, "with_base": True}, slots)
     assert [(each.reference, each.scale, each.blocks.down) for each in made.adapters] == [("a@60", 0.5, 0.3), ("b@60", 0.7, 1)]
     assert (made.size, made.sampler, made.seeds, made.with_base) == ((832, 1216), "Euler a", range(5, 7), True)

@@ -101,8 +101,8 @@ def expected_pace(folder: Path, model: str) -> Pace | None:
     """The pace of the newest finished run in `folder` with this base model, else that of the built-in one; None for others."""
     runs = sorted((status.parent for status in folder.glob(f"*/{STATUS}")), key=began, reverse=True)[:RECENT]
     of_model = [run for run in map(RunRecord, runs) if RunSnapshot(run).chosen("model", MODEL) == recorded_name(model)]
-    known = next(filter(None, map(Pace.measured, of_model)), None)
-    return known or (DEMO_PACE if is_built_in(model) else None)
+    paces = filter(None, map(Pace.measured, of_model))
+    return next(paces, DEMO_PACE if is_built_in(model) else None)
 
 
 def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:

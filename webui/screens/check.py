@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -24,33 +23,12 @@ POLL_SECONDS = 2.0
 # Two text boxes are side by side if each has at least this many pixels.
 MIN_BOX_WIDTH = 240
 LINES = "value.split('\\n').map((line) => line.trim()).filter((line) => line)"
+check = macros("check.html")
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    gr.HTML("<h2>Training images as the model sees them</h2>")
-    widgets: dict[str, Any] = {"crops": gr.HTML(elem_id="check-crops")}
-    gr.HTML("<h2>Prompts</h2>")
-    word = {"max_lines": 1, "min_width": MIN_BOX_WIDTH}
-    with gr.Row():
-        info = "A rare word that stands for your subject. A common word already has a meaning for the model."
-        widgets["trigger"] = gr.Textbox(TRIGGER, label="Trigger word", info=info, elem_id="check-trigger", **word)
-        info, examples = "What the subject is. Training builds on what the model knows of its kind.", "dog, toy, coffee mug"
-        widgets["class_word"] = gr.Textbox(label="Class word", info=info, placeholder=examples, elem_id="check-class", **word)
-    widgets["prompt"] = gr.HTML(elem_id="check-prompt")
-    info = (
-        "One per line. Images are generated before, during and after training. A line with the trigger word is used as it is; "
-        "any other is appended to the instance prompt."
-    )
-    widgets["scenes"] = gr.Textbox(label="Preview prompts", info=info, lines=4, elem_id="check-scenes")
-    gr.HTML("<h2>Training settings</h2>")
-    settings = panel.build_settings(SubjectPlan, context.draft, context.settings.is_local, "check")
-    gr.HTML("<h2>Cost</h2>")
-    widgets["cost"] = gr.HTML(elem_id="check-cost")
-    widgets["measure"] = gr.Button("Measure time and memory", elem_id="check-measure")
-    panel.build_plan(context, SubjectPlan, context.draft, context.draft_changed, "check")
-    start_on_click(context, gr.Button("Train", variant="primary", size="lg", elem_id="check-start"))
-    _wire(context, widgets, settings)
+    _Check(context)
 
 
 def start_on_click(context: AppContext, button: gr.Button) -> None:
@@ -67,52 +45,71 @@ def start_on_click(context: AppContext, button: gr.Button) -> None:
     button.click(start, [context.draft], context.outputs, api_visibility="private")
 
 
-def _wire(context: AppContext, widgets: dict[str, Any], settings: list[gr.components.Component]) -> None:
-    """Attach the event listeners."""
-    handlers, draft, clock, filled = _Handlers(context), context.draft, gr.Timer(POLL_SECONDS, active=False), gr.State(None)
-    of_cost = [widgets["cost"], widgets["measure"], clock]
-    for event in (context.page.load, context.draft_changed.change):
-        fields = [widgets[name] for name in ("trigger", "class_word", "scenes")]
-        event(handlers.fill, [draft, filled], [*fields, filled], **QUIET)
-    for event in (context.active_tab.change, context.draft_changed.change):
-        outputs = [*settings, widgets["prompt"], widgets["crops"], *of_cost]
-        event(handlers.show, [context.active_tab, draft], outputs, **QUIET)
-    # Stored at every input, and on blur, which covers pasting, so that Train starts with the current values.
-    for name, value in (("trigger", "value"), ("class_word", "value"), ("scenes", LINES)):
-        box = widgets[name]
-        panel.store(SubjectPlan.task, draft, box, name, box.input, box.blur, box.submit, value=value)
-    widgets["measure"].click(handlers.dry_run, [draft], of_cost, api_visibility="private")
-    clock.tick(handlers.tick, [draft], of_cost, **QUIET)
+class _Check:
+    """The components of the screen and the handlers of their events."""
 
+    def __init__(self, context: AppContext) -> None:
+        self.context = context
+        gr.HTML("<h2>Training images as the model sees them</h2>")
+        self.crops = gr.HTML(elem_id="check-crops")
+        gr.HTML("<h2>Prompts</h2>")
+        word = {"max_lines": 1, "min_width": MIN_BOX_WIDTH}
+        with gr.Row():
+            info = "A rare word that stands for your subject. A common word already has a meaning for the model."
+            self.trigger = gr.Textbox(TRIGGER, label="Trigger word", info=info, elem_id="check-trigger", **word)
+            info, examples = "What the subject is. Training builds on what the model knows of its kind.", "dog, toy, coffee mug"
+            self.class_word = gr.Textbox(label="Class word", info=info, placeholder=examples, elem_id="check-class", **word)
+        self.prompt = gr.HTML(elem_id="check-prompt")
+        info = (
+            "One per line. Images are generated before, during and after training. A line with the trigger word is used as it "
+            "is; any other is appended to the instance prompt."
+        )
+        self.scenes = gr.Textbox(label="Preview prompts", info=info, lines=4, elem_id="check-scenes")
+        gr.HTML("<h2>Training settings</h2>")
+        self.settings = panel.build_settings(SubjectPlan, context.draft, context.settings.is_local, "check")
+        gr.HTML("<h2>Cost</h2>")
+        self.cost = gr.HTML(elem_id="check-cost")
+        self.measure = gr.Button("Measure time and memory", elem_id="check-measure")
+        panel.build_plan(context, SubjectPlan, context.draft, context.draft_changed, "check")
+        start_on_click(context, gr.Button("Train", variant="primary", size="lg", elem_id="check-start"))
+        self.clock, self.filled = gr.Timer(POLL_SECONDS, active=False), gr.State(None)
+        self._wire()
 
-@dataclass(frozen=True)
-class _Handlers:
-    """The event handlers of the screen."""
+    def _wire(self) -> None:
+        """Attach the event listeners."""
+        context, draft, of_cost = self.context, self.context.draft, [self.cost, self.measure, self.clock]
+        for event in (context.page.load, context.draft_changed.change):
+            event(self.fill, [draft, self.filled], [self.trigger, self.class_word, self.scenes, self.filled], **QUIET)
+        for event in (context.active_tab.change, context.draft_changed.change):
+            event(self.show, [context.active_tab, draft], [*self.settings, self.prompt, self.crops, *of_cost], **QUIET)
+        # Stored at every input, and on blur, which covers pasting, so that Train starts with the current values.
+        for box, name, value in (
+            (self.trigger, "trigger", "value"), (self.class_word, "class_word", "value"), (self.scenes, "scenes", LINES),
+        ):  # fmt: skip
+            panel.store(SubjectPlan.task, draft, box, name, box.input, box.blur, box.submit, value=value)
+        self.measure.click(self.dry_run, [draft], of_cost, api_visibility="private")
+        self.clock.tick(self.tick, [draft], of_cost, **QUIET)
 
-    context: AppContext
-
-    def fill(self, stored: dict[str, Any], filled: str | None, request: gr.Request) -> tuple[Any, ...]:
+    def fill(self, stored: dict[str, Any], filled: str | None, request: gr.Request) -> Any:
         """Fill the fields if other photos were chosen or the settings were replaced; never what the user is typing."""
         plan = self._plan(stored, request)
         key, settings = panel.form_key(plan), plan.settings
-        if key == filled:
-            return (gr.skip(),) * 4
-        return settings.trigger, settings.class_word or "", settings.scene_lines, key
+        return gr.skip() if key == filled else [settings.trigger, settings.class_word or "", settings.scene_lines, key]
 
-    def show(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def show(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> Any:
         """Everything that follows from the draft, or an error in place of each; skipped unless the screen is open."""
         if active_tab != "check":
-            return (gr.skip(),) * 9
+            return gr.skip()
         plan = self._plan(stored, request)
-        return *panel.settings_updates(plan), _or_warning(_prompts, plan), _or_warning(_crops, plan), *_cost(plan)
+        return [*panel.settings_updates(plan), _or_warning(_prompts, plan), _or_warning(_crops, plan), *_cost(plan)]
 
-    def dry_run(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def dry_run(self, stored: dict[str, Any], request: gr.Request) -> list[Any]:
         """Start a dry run, unless one is running or finished."""
         plan = self._plan(stored, request)
         plan.start_dry_run()
         return _cost(plan)
 
-    def tick(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def tick(self, stored: dict[str, Any], request: gr.Request) -> list[Any]:
         """The cost while it is measured."""
         return _cost(self._plan(stored, request))
 
@@ -130,34 +127,30 @@ def _or_warning(make: Callable[[SubjectPlan], str], plan: SubjectPlan) -> str:
 
 def _prompts(plan: SubjectPlan) -> str:
     plan.settings.check_words()
-    return macros("check.html").prompts(plan.settings, page_warnings(plan.settings.prompts))
+    return check.prompts(plan.settings, page_warnings(plan.settings.prompts))
 
 
 def _crops(plan: SubjectPlan) -> str:
     if not plan.num_images:
         return parts.empty("No photos yet", "Add some under Photos.")
     photos, (_, options) = plan.photos, plan.checked
-    crops = WORKER.call("crops", photos, options)
-    sizes = sorted({f"{crop.size[1]} x {crop.size[0]}" for crop in crops})
-    return macros("check.html").crops(
-        crops, sizes, max((crop.variants for crop in crops), default=1), WORKER.call("long_prompts_of", photos, options)
-    )
+    return check.crops(WORKER.call("crops", photos, options), WORKER.call("long_prompts_of", photos, options))
 
 
-def _cost(plan: SubjectPlan) -> tuple[Any, Any, Any]:
+def _cost(plan: SubjectPlan) -> list[Any]:
     """The cost, whether it can be measured, and whether to poll."""
     try:
         record = plan.dry_run
     except InputError:
         # The page names the invalid option elsewhere.
-        return macros("check.html").unknown_cost(), gr.Button(interactive=False), gr.Timer(active=False)
+        return [check.unknown_cost(), gr.Button(interactive=False), gr.Timer(active=False)]
     measuring, is_known = RunSnapshot(record).is_active, measured(record) is not None
     can_measure = bool(plan.num_images) and not measuring and not is_known
-    return cost_summary(record), gr.Button(interactive=can_measure), gr.Timer(active=measuring)
+    return [cost_summary(record), gr.Button(interactive=can_measure), gr.Timer(active=measuring)]
 
 
 def cost_summary(record: RunRecord) -> str:
     """What a dry run has measured, or its state."""
     status, is_measuring = record.status(), RunSnapshot(record).is_active
     phase = phase_title(status) if is_measuring and status.state != "queued" else ""
-    return macros("check.html").cost(measured(record), status, is_measuring, phase)
+    return check.cost(measured(record), status, is_measuring, phase)

@@ -50,7 +50,7 @@ CLICKS = """element.addEventListener('click', event => {
   trigger('click', {...button.dataset});
   if (button.dataset.step) document.getElementById('judge-compare').scrollIntoView({block: 'nearest', behavior: 'smooth'});
 });"""
-judge = macros("judge.html")
+judge = macros("judge.html", sample_image=sample_image)
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,8 @@ def choices_of(view: RunView, before: Choices | None) -> Choices | None:
 
 def recommendation(view: RunView) -> Markup:
     """The recommended step with its reasons and warnings, or why there is none."""
-    suggestion = view.read_file(Suggestion)
-    if suggestion is not None:
-        return judge.recommendation(suggestion.step, suggestion.last, suggestion.reasons, suggestion.warnings)
-    if error := view.file_error(Suggestion):
-        return parts.warning(error)
-    return judge.no_recommendation(view.is_active, bool(sampled_steps(view.record)))
+    suggestion, error = view.read_file(Suggestion), view.file_error(Suggestion)
+    return judge.recommendation(suggestion, error, view.is_active, bool(sampled_steps(view.record)))
 
 
 def grid(view: RunView, chosen: Choices | None) -> Markup:
@@ -108,9 +104,8 @@ def grid(view: RunView, chosen: Choices | None) -> Markup:
     prompts = [sample.prompt for sample in max(by_step.values(), key=len, default=[])]
     if not prompts:
         return Markup("")
-    images = {step: list(map(sample_image, of_step)) for step, of_step in by_step.items()}
-    photos = [sample_image(photo, "one of your photos") for photo in subject_images(view.record)]
-    return judge.grid(images, prompts, photos, recommended_step(view), chosen and (chosen.step, chosen.prompt))
+    selected, photos = chosen and (chosen.step, chosen.prompt), subject_images(view.record)
+    return judge.grid(by_step, prompts, photos, recommended_step(view), selected)
 
 
 def columns(view: RunView) -> dict[str, dict[int, float]]:
@@ -146,25 +141,10 @@ def measurements(view: RunView) -> Markup:
     if view.metrics_error is not None:
         return parts.warning(view.metrics_error)
     measured = {name: column for name, column in columns(view).items() if column and name not in SPECIAL_COLOURS}
-    if not measured:
-        return Markup("")
-    steps, recommended = sorted(set().union(*measured.values())), recommended_step(view)
-    cells = {name: {step: _number(name, value) for step, value in column.items()} for name, column in measured.items()}
-    cells |= _preferred(view)
-    rows = [[judge.step_name(step, recommended), *(column.get(step, "") for column in cells.values())] for step in steps]
-    last = max(measured.get("Validation loss", {}), default=None)
-    table = parts.table(["Step", *cells], rows, css="figures")
-    return table + judge.missing_losses(last, steps[-1], (view.record.path / FOLDS).is_dir())
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.4f}" if "loss" in name else f"{value:.3f}"
-
-
-def _preferred(view: RunView) -> dict[str, dict[int, str]]:
-    """The column of the user's choices, if there are any."""
-    counts = (view.read_file(Preferences) or Preferences()).counts()
-    return {"You preferred": {step: "{} of {}".format(*count) for step, count in counts.items()}} if counts else {}
+    preferred = (view.read_file(Preferences) or Preferences()).counts()
+    has_folds = (view.record.path / FOLDS).is_dir()
+    steps = sorted(set().union(*measured.values()))
+    return judge.measurements(steps, measured, preferred, recommended_step(view), has_folds) if steps else Markup("")
 
 
 def record_choice(view: RunView, chosen: Choices, side: str) -> Choices:
@@ -182,8 +162,7 @@ def blind_choice(view: RunView, chosen: Choices | None) -> Markup:
     if chosen is None or chosen.pair is None:
         return Markup("")
     *steps, prompt = chosen.pair
-    images = [samples(view.record, step)[prompt] for step in steps]
-    return judge.choice(*(sample_image(image, "", "eager") for image in images), images[0].prompt, chosen.result)
+    return judge.choice(*(samples(view.record, step)[prompt] for step in steps), chosen.result)
 
 
 def shared_image(view: RunView, step: int, before: Sample, after: Sample) -> str:
@@ -217,7 +196,7 @@ def content(view: RunView | None, chosen: Choices | None) -> dict[str, LazyUpdat
         "choice": lazy_text((record.path, chosen), lambda: blind_choice(view, chosen)),
         "measurements": text(measurements(view)),
         "details": component(gr.Accordion, bool(words)),
-        "card": LazyUpdate(words, lambda: gr.Markdown(words)),
+        "card": LazyUpdate(words, lambda: words),
         **_comparison(view, chosen),
         **{name: plot.update() for name, plot in plots(view).items()},
     }
@@ -242,14 +221,13 @@ def _comparison(view: RunView, chosen: Choices | None) -> dict[str, LazyUpdate]:
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    outputs, chosen, seen = _layout(), gr.State(None), gr.State({})
+    components, chosen, seen = _layout(), gr.State(None), gr.State({})
+    outputs = [*components.values(), chosen, seen]
 
-    def refresh(run_id: str | None, before: Choices | None, seen: dict[str, Hashable], request: gr.Request) -> list[Any]:
+    def refresh(run_id: str | None, before: Choices | None, sees: dict[str, Hashable], request: gr.Request) -> dict[Any, Any]:
         view = view_of(context.settings.workspace(request), run_id)
         now = None if view is None or view.task == "classify" else choices_of(view, before)
-        parts_now = dict.fromkeys(outputs, LazyUpdate(None, gr.skip)) | content(view, now)
-        *sent, sees = updates(parts_now, seen, outputs)
-        return [*sent, now, sees]
+        return updates(content(view, now), sees, components, seen) | {chosen: now}
 
     def select(before: Choices, event: gr.EventData) -> Choices:
         # The base model is always on the left.
@@ -264,11 +242,11 @@ def build(context: AppContext) -> None:
         step = gr.Dropdown(choices=steps.choices, value=before.step)
         return [gr.Tabs(selected="use"), step, [before.run_id, before.step]]
 
-    inputs, updated = [context.run, chosen, seen], [*outputs.values(), chosen, seen]
-    context.refreshes["judge"].click(refresh, inputs, updated, trigger_mode="always_last", **QUIET)
-    outputs["grid"].click(select, chosen, chosen, **QUIET).then(refresh, inputs, updated, **QUIET)
-    outputs["choice"].click(prefer, chosen, chosen, **QUIET).then(refresh, inputs, updated, **QUIET)
-    outputs["use"].click(use, chosen, [context.tabs, context.step, context.chosen], api_visibility="private")
+    refreshing = {"fn": refresh, "inputs": [context.run, chosen, seen], "outputs": outputs, **QUIET}
+    context.refreshes["judge"].click(trigger_mode="always_last", **refreshing)
+    components["grid"].click(select, chosen, chosen, **QUIET).then(**refreshing)
+    components["choice"].click(prefer, chosen, chosen, **QUIET).then(**refreshing)
+    components["use"].click(use, chosen, [context.tabs, context.step, context.chosen], api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:

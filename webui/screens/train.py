@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from math import ceil
 from typing import Any
 
@@ -16,7 +16,7 @@ from webui import launching
 from webui.context import QUIET, AppContext
 from webui.plots import PALE, Plot, line_plot, running_mean, value_tables
 from webui.render import LazyUpdate, component, lazy_text, render, sample_image, text, thumbnail, updates
-from webui.runs import RunView, duration, view_of
+from webui.runs import RunView, duration, series, view_of
 
 ASKED = {
     "stop": "The run stops after the current step and saves a checkpoint.",
@@ -33,7 +33,6 @@ PLOTS = {
     "heldout": ("Validation loss", ("validation loss",), "Measured on photos that are not trained on. Lower is better."),
     "rate": ("Learning rate", ("learning rate",), ""),
 }
-TEXTS = ("values", "facts", "samples", "log")
 # The running mean of the loss covers this share of the steps, and at least so many.
 SMOOTHED, LEAST_SMOOTHED = 1 / 16, 5
 SHEET_SIDE = 1024
@@ -46,7 +45,7 @@ def contents(view: RunView | None, log_open: bool = False) -> dict[str, LazyUpda
     state = {"state": text(render("train.html", view=view)), "log_frame": component(gr.Accordion, view is not None), **buttons}
     if view is None:
         plots = {name: Plot(title, {}, (0.0, 1.0)).update() for name, (title, *_) in PLOTS.items()}
-        return state | plots | {name: text("") for name in TEXTS}
+        return state | plots | {name: text("") for name in ("values", "facts", "samples", "log")}
     plots, facts = losses(view), {"report": view.read_file(DryRunReport), "left_out": view.status.expected_left_out}
     return {
         **state,
@@ -70,16 +69,14 @@ def current_part(view: RunView) -> RunRecord:
 def losses(view: RunView) -> dict[str, Plot]:
     """The training loss with its running mean, the validation loss and the learning rate, by the names of `PLOTS`."""
     part = RunView(current_part(view))
-    lines, curve = ([], []) if part.metrics_error is not None else (part.metrics, heldout_curve(part.record))
-    points = [(float(line.step), line.values["loss"]) for line in lines if "loss" in line.values]
-    rates = [(float(line.step), line.values["lr"]) for line in lines if "lr" in line.values]
-    heldout = [(float(point.step), point.heldout) for point in curve]
+    logged, curve = series(part), [] if part.metrics_error is not None else heldout_curve(part.record)
+    points, heldout = logged.get("loss", []), [(float(point.step), point.heldout) for point in curve]
     mean = running_mean(points, max(LEAST_SMOOTHED, ceil(len(points) * SMOOTHED)))
     last = max((x for x, _ in [*points, *heldout]), default=0.0)
     x_range = (0.0, float(part.status.total or last))
-    lines_of = {"loss": (points, mean), "heldout": (heldout,), "rate": (rates,)}
+    lines_of = {"loss": (points, mean), "heldout": (heldout,), "rate": (logged.get("lr", []),)}
     return {
-        name: Plot(title, dict(zip(series, lines_of[name], strict=True)), x_range) for name, (title, series, _) in PLOTS.items()
+        name: Plot(title, dict(zip(names, lines_of[name], strict=True)), x_range) for name, (title, names, _) in PLOTS.items()
     }
 
 
@@ -98,7 +95,7 @@ def sample_images(view: RunView) -> LazyUpdate:
     sheet = None if steps else newest_sheet(record)
 
     def make() -> str:
-        groups = [(f"After step {step}" if step else "Before training", samples(record, step)) for step in steps]
+        groups = [(step, samples(record, step)) for step in steps]
         photos, single = subject_images(record), None if sheet is None else thumbnail(sheet, SHEET_SIDE)
         values = {"groups": groups, "photos": photos, "sheet": single, "waits": view.is_active, "image": sample_image}
         return render("train_samples.html", **values)
@@ -108,29 +105,15 @@ def sample_images(view: RunView) -> LazyUpdate:
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    components = _layout()
-    seen, log_open = gr.State({}), gr.State(False)
+    components, seen, log_open = _layout(), gr.State({}), gr.State(False)
 
-    def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
-        now = contents(view_of(context.settings.workspace(request), run_id), log_open)
-        return updates(now, seen, components)
+    def refresh(run_id: str | None, sees: dict[str, Hashable], is_open: bool, request: gr.Request) -> dict[Any, Any]:
+        now = contents(view_of(context.settings.workspace(request), run_id), is_open)
+        return updates(now, sees, components, seen)
 
-    given = [context.train_run, seen, log_open]
-    refreshing = {"fn": refresh, "inputs": given, "outputs": [*components.values(), seen], **QUIET}
-    context.refreshes["train"].click(trigger_mode="always_last", **refreshing)
-    components["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**refreshing)
-    components["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
-    for action in BUTTONS:
-        act = components[action].click(_acting(context, action), context.train_run, context.outputs, api_visibility="private")
-        if action != "next":
-            act.then(**refreshing)
-
-
-def _acting(context: AppContext, action: str) -> Callable[[str, gr.Request], list[Any]]:
-    """The handler of a button."""
-
-    def act(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = context.settings.workspace(request)
+    def act(event: gr.EventData, run_id: str, request: gr.Request) -> list[Any]:
+        # An updated button has another id than the one in `components`.
+        workspace, action = context.settings.workspace(request), event.target.elem_id.removeprefix("train-")
         if action == "next":
             return context.show(workspace, run_id, RESULTS[RunView(workspace.run(run_id)).task][0])
         if action in ("stop", "resume"):
@@ -141,7 +124,13 @@ def _acting(context: AppContext, action: str) -> Callable[[str, gr.Request], lis
             gr.Info(ASKED[action])
         return context.show(workspace, run_id)
 
-    return act
+    inputs, outputs = [context.train_run, seen, log_open], [*components.values(), seen]
+    refreshing = {"fn": refresh, "inputs": inputs, "outputs": outputs, **QUIET}
+    context.refreshes["train"].click(trigger_mode="always_last", **refreshing)
+    components["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**refreshing)
+    components["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
+    clicks = [components[name].click for name in BUTTONS]
+    gr.on(clicks, act, context.train_run, context.outputs, api_visibility="private").then(**refreshing)
 
 
 def _layout() -> dict[str, Any]:
@@ -153,8 +142,8 @@ def _layout() -> dict[str, Any]:
             components[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=180, scale=0)
     with gr.Row():
         with gr.Column(min_width=320, elem_id="train-plots"):
-            for name, (title, series, hint) in PLOTS.items():
-                components[name] = line_plot(title, series, hint, {STEPS: PALE}, elem_id=f"train-{name}")
+            for name, (title, names, hint) in PLOTS.items():
+                components[name] = line_plot(title, names, hint, {STEPS: PALE}, elem_id=f"train-{name}")
             components["values"] = gr.HTML(visible=False)
             components["facts"] = gr.HTML(visible=False, elem_id="train-facts")
         with gr.Column(min_width=320):

@@ -6,7 +6,8 @@ import html
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,11 @@ from webui import generation, uploads
 from webui.context import QUIET, AppContext
 from webui.render import data_url, macros, parts
 from webui.runs import RunView, view_of
-from webui.screens.use_results import ALL, Files, Gallery, gallery_of
+from webui.screens.use_results import ALL, Files, Gallery
 from webui.workspace import Workspace
 
-# The fields of a request in the order of the page's values, which those of each adapter follow.
-FIELDS = ("prompt", "negative_prompt", "count", "seed", "seeding", "size", "sampler", "steps", "guidance_scale", "with_base")
-# The run's adapter and three further ones. Each has a reference, a weight, and weights of the down, mid and up blocks.
-SLOTS, SLOT = 4, 5
+# The run's adapter and three further ones.
+SLOTS = 4
 RANDOM, SAME = "Random seed", "Same seed"
 DEFAULT = "Default"
 SIZES = ("1024 x 1024", "896 x 1152", "832 x 1216", "1152 x 896", "1216 x 832", "768 x 768", "512 x 512")
@@ -39,21 +38,23 @@ CANCELLED = parts.note("Cancelled. Finished images are kept.")
 use = macros("use.html")
 
 
-def request_of(workspace: Workspace, run_id: str | None, step: int | None, *values: Any) -> GenerationRequest:
+def request_of(workspace: Workspace, fields: Mapping[str, Any], slots: Iterable[Sequence[Any]]) -> GenerationRequest:
     """The request that the values of the page's fields make.
 
+    Args:
+        fields: by name.
+        slots: of each adapter: its reference, its weight, and its weights in the down, mid and up blocks.
     Raises: InputError if an adapter is missing or a value is out of range.
     """
-    given = dict(zip(FIELDS, values, strict=False))
+    given = {**fields}
     if given.pop("seeding") == RANDOM:
         given["seed"] = secrets.randbelow(2**31)
     given |= {"size": size_from(given["size"]), "sampler": None if given["sampler"] == DEFAULT else given["sampler"]}
-    adapters = []
-    for index, (reference, scale, *blocks) in enumerate(zip(*[iter(values[len(FIELDS) :])] * SLOT, strict=True)):
-        if index == 0 and run_id is not None and step is not None:
-            reference = generation.reference_of(run_id, step)
-        if reference:
-            adapters.append((reference, scale, BlockScales(**dict(zip(BlockScales.model_fields, blocks, strict=True)))))
+    adapters = [
+        (reference, scale, BlockScales(**dict(zip(BlockScales.model_fields, blocks, strict=True))))
+        for reference, scale, *blocks in slots
+        if reference
+    ]
     return generation.request_for(workspace, adapters, **given)
 
 
@@ -90,9 +91,9 @@ class _Use:
                 with gr.Column(scale=4, min_width=300):
                     self._settings()
             self.files = Files(context)
-        adapters = [field for slot in self.slots for field in slot]
-        self.inputs = [context.run, context.step, *(self.fields[name] for name in FIELDS), *adapters]
-        self.files.wire(self.inputs, request_of)
+        # As a set, so that a handler gets their values by component.
+        self.inputs = {context.run, context.step, *self.fields.values(), *chain(*self.slots)}
+        self.files.wire(self.inputs, self.wanted)
         self._wire_run()
         self._wire_generation()
 
@@ -148,6 +149,14 @@ class _Use:
                     for block in BlockScales.model_fields
                 ]
         return [reference, scale, *blocks]
+
+    def wanted(self, workspace: Workspace, given: Mapping[Any, Any], prompt: str = "") -> GenerationRequest:
+        """The request that the values `given` of `inputs` make, with `prompt` if theirs is empty."""
+        fields = {name: given[field] for name, field in self.fields.items()}
+        fields["prompt"] = (fields["prompt"] or "").strip() or prompt
+        slots, step = [[given[field] for field in slot] for slot in self.slots], given[self.context.step]
+        slots[0][0] = "" if step is None else generation.reference_of(given[self.context.run], step)
+        return request_of(workspace, fields, slots)
 
     # The selected run
 
@@ -221,7 +230,7 @@ class _Use:
     def _wire_generation(self) -> None:
         buttons, seed, seeding = [self.generate, self.cancel, self.bar], self.fields["seed"], self.fields["seeding"]
         triggers = [self.generate.click, self.fields["prompt"].submit, self.images.vary.click]
-        inputs, outputs = [self.images.selected, *self.inputs], [*buttons, seed, *self.images.outputs, self.images.filter]
+        inputs, outputs = {self.images.selected, *self.inputs}, [*buttons, seed, *self.images.outputs, self.images.filter]
         # The bar is on the page itself; Gradio would fade it until the first step.
         running = gr.on(triggers, self.generate_images, inputs, outputs, **QUIET, **generation.AT_ONCE)
         running.failure(lambda: self._idle(""), None, buttons, **QUIET)
@@ -229,23 +238,22 @@ class _Use:
         cancelled = self.cancel.click(None, cancels=[running], **QUIET)
         cancelled.then(lambda: self._idle(CANCELLED), None, buttons, **QUIET)
         seed.input(lambda: SAME, None, seeding, **QUIET)
-        changed = {self.context.run, self.context.chosen, *self._run_outputs(), *self.inputs[2:]}
+        changed = {self.context.chosen, *self._run_outputs(), *self.inputs}
         self.images.again.click(self.reuse, [self.images.selected, self.context.run], changed, **QUIET)
 
     def _idle(self, bar: str) -> dict[Any, Any]:
         """Updates at the end of a generation."""
         return {self.generate: gr.Button(interactive=True), self.cancel: gr.Button(visible=False), self.bar: bar}
 
-    def generate_images(
-        self, event: gr.EventData, request: gr.Request, selected: str | None, *values: Any
-    ) -> Iterator[dict[Any, Any]]:
+    def generate_images(self, given: dict[Any, Any], event: gr.EventData, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Generate what the page's fields describe, or variations of the selected image."""
         workspace, seed = self.context.settings.workspace(request), {}
         if event.target._id == self.images.vary._id:
-            settings, _ = generation.settings_of(generation.GeneratedImages.of(workspace).find(selected))
+            path = generation.GeneratedImages.of(workspace).find(given[self.images.selected])
+            settings, _ = generation.settings_of(path)
             wanted = generation.request_again(workspace, settings, seed=settings["seed"] + 1, count=VARIATIONS)
         else:
-            wanted = request_of(workspace, *values)
+            wanted = self.wanted(workspace, given)
             seed = {self.fields["seed"]: wanted.seed}
         waiting = use.progress([], None, "Waiting for the device")
         yield {self.generate: gr.Button(interactive=False), self.cancel: gr.Button(visible=True), self.bar: waiting, **seed}
@@ -253,13 +261,13 @@ class _Use:
         warnings, preview = prompt_warnings(wanted), None
         for update in generation.generated(workspace, wanted):
             if isinstance(update, Path):
-                yield {**dict(zip(self.images.outputs, gallery_of(workspace, False), strict=True)), self.images.filter: ALL}
+                yield {**self.images.newest(workspace, False), self.images.filter: ALL}
                 continue
             if update is None:
                 yield {self.bar: gr.skip()}
                 continue
             warnings += update.warnings
-            preview = preview if update.preview is None else data_url(update.preview, quality=80)
+            preview = preview if update.preview is None else data_url(update.preview)
             if update.done in (0, update.total) or time.monotonic() - updated > SECONDS_BETWEEN:
                 updated = time.monotonic()
                 text = f"{update.words}, step {update.done} of {update.total}"
@@ -277,7 +285,7 @@ class _Use:
             adapters, (run_id, _, step) = list(made.adapters), made.adapters[0].reference.partition("@")
             chosen = [run_id, int(step)]
         size = DEFAULT if made.size is None else " x ".join(map(str, made.size))
-        values = made.model_dump(include=set(FIELDS)) | {"size": size, "sampler": made.sampler or DEFAULT, "seeding": SAME}
+        values = made.model_dump(include=set(self.fields)) | {"size": size, "sampler": made.sampler or DEFAULT, "seeding": SAME}
         return {
             **self.updates(workspace, run_id, None, chosen),
             self.context.run: run_id,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
-from gradio.utils import get_upload_folder
 
 from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
@@ -62,51 +60,50 @@ class Gallery:
             self.favourite = gr.Button("Favourite", size="sm", min_width=90, elem_id="use-favourite")
             self.delete = gr.Button("Delete", size="sm", min_width=90, elem_id="use-delete")
         self.outputs = [self.gallery, self.details]
-        chosen, described = [self.selected, self.filter], [*self.outputs, self.actions, self.favourite]
+        changed = [*self.outputs, self.actions, self.favourite]
         gr.on([context.page.load, self.filter.input], self._show, self.filter, self.outputs, **QUIET)
-        self.gallery.select(self._select, None, [self.selected, *described[1:]], **QUIET)
-        gr.on([self.favourite.click, self.delete.click], self._change, chosen, described, **QUIET)
+        self.gallery.select(self._select, None, [self.selected, *changed[1:]], **QUIET)
+        gr.on([self.favourite.click, self.delete.click], self._change, [self.selected, self.filter], changed, **QUIET)
 
-    def _show(self, which: str, request: gr.Request) -> list[Any]:
-        return gallery_of(self.context.settings.workspace(request), which == FAVOURITES)
+    def newest(self, workspace: Workspace, only_favourites: bool) -> dict[Any, Any]:
+        """The gallery with the user's newest images and their settings as captions, and the hint below it."""
+        images = GeneratedImages.of(workspace).newest(only_favourites)[:GALLERY_SIZE]
+        items = [_item(path, path.stat().st_mtime_ns, generation.is_favourite(path)) for path in images]
+        if any(not Path(cached).exists() for cached, *_ in items):
+            _item.cache_clear()
+            return self.newest(workspace, only_favourites)
+        value = [(cached, caption) for cached, caption, _ in items]
+        classes = ["captioned", *["pixel"] * all(side <= CRISP_SIDE for *_, side in items)]
+        gallery = gr.Gallery(value=value, visible=bool(items), elem_classes=classes, selected_index=None)
+        return {self.gallery: gallery, self.details: HINT if items else NO_FAVOURITES if only_favourites else NO_IMAGES}
 
-    def _select(self, event: gr.SelectData, request: gr.Request) -> list[Any]:
+    def _show(self, which: str, request: gr.Request) -> dict[Any, Any]:
+        return self.newest(self.context.settings.workspace(request), which == FAVOURITES)
+
+    def _select(self, event: gr.SelectData, request: gr.Request) -> dict[Any, Any]:
         images = GeneratedImages.of(self.context.settings.workspace(request))
         path = images.find(Path(str(event.value["image"]["path"])).name)
-        settings, _ = generation.settings_of(path)
-        return [path.name, use.details(settings, generation.size_in(settings)), gr.Row(visible=True), _favourite_button(path)]
+        return {self.selected: path.name, self.details: use.details(generation.settings_of(path)[0]), **self._actions(path)}
 
-    def _change(self, event: gr.EventData, name: str, which: str, request: gr.Request) -> list[Any]:
+    def _change(self, event: gr.EventData, name: str, which: str, request: gr.Request) -> dict[Any, Any]:
         """Delete the selected image, or mark it as a favourite or no longer."""
         workspace = self.context.settings.workspace(request)
         path = GeneratedImages.of(workspace).find(name)
         (generation.delete_image if event.target._id == self.delete._id else generation.toggle_favourite)(path)
-        return [*gallery_of(workspace, which == FAVOURITES), gr.Row(visible=path.exists()), _favourite_button(path)]
+        return {**self.newest(workspace, which == FAVOURITES), **self._actions(path)}
 
-
-def gallery_of(workspace: Workspace, only_favourites: bool) -> list[Any]:
-    """Updates of the gallery, with the user's newest images and their settings as captions, and of the hint below it."""
-    images = GeneratedImages.of(workspace).newest(only_favourites)[:GALLERY_SIZE]
-    items = [_item(path, path.stat().st_mtime_ns, generation.is_favourite(path)) for path in images]
-    if any(not Path(cached).exists() for cached, *_ in items):
-        _item.cache_clear()
-        return gallery_of(workspace, only_favourites)
-    value = [(cached, caption) for cached, caption, _ in items]
-    classes = ["captioned", *["pixel"] * all(side <= CRISP_SIDE for *_, side in items)]
-    gallery = gr.Gallery(value=value, visible=bool(items), elem_classes=classes, selected_index=None)
-    return [gallery, HINT if items else NO_FAVOURITES if only_favourites else NO_IMAGES]
+    def _actions(self, path: Path) -> dict[Any, Any]:
+        """The buttons for the selected image, hidden if it was deleted."""
+        label = "Not a favourite" if generation.is_favourite(path) else "Favourite"
+        return {self.actions: gr.Row(visible=path.exists()), self.favourite: gr.Button(label)}
 
 
 @functools.lru_cache(maxsize=4096)
 def _item(path: Path, changed: int, favourite: bool) -> tuple[str, str, int]:
     """The cached copy of an image, its settings in one line, and its width in pixels."""
     settings, side = generation.settings_of(path)
-    used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings.get("adapters", [])) or "base model"
+    used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings["adapters"]) or "base model"
     return in_cache(path), f"{'★ ' * favourite}{settings['prompt']}; {used}; seed {settings['seed']}", side
-
-
-def _favourite_button(path: Path) -> gr.Button:
-    return gr.Button("Not a favourite" if generation.is_favourite(path) else "Favourite")
 
 
 class Files:
@@ -130,31 +127,31 @@ class Files:
         """The formats that a run's adapters have, and the size and the use of each."""
         layouts = generation.layouts_of(view.record)
         names = {layout: KOHYA if layout == "kohya" and _is_demo(view) else LAYOUTS[layout] for layout in layouts}
-        rows = [(name, f"{generation.size_text(layouts[layout])}. {use}") for layout, (name, use) in names.items()]
+        rows = [(*names[layout], size) for layout, size in layouts.items()]
         default = next((layout for layout in ("kohya", "full") if layout in layouts), None)
         choices = [(name, layout) for layout, (name, _) in names.items()]
-        hidden = {each: type(each)(visible=False) for each in (self.card, self.workflow, self.code)}
-        formats = {self.formats: use.formats(rows, warnings_of(view)), self.layout: gr.Radio(choices=choices, value=default)}
-        return {**formats, **hidden}
+        return {
+            self.formats: use.formats(rows, warnings_of(view)),
+            self.layout: gr.Radio(choices=choices, value=default),
+            **{each: type(each)(visible=False) for each in (self.card, self.workflow, self.code)},
+        }
 
-    def wire(self, inputs: list[Any], request_of: Callable[..., GenerationRequest]) -> None:
+    def wire(self, inputs: set[Any], request_of: Callable[[Workspace, Mapping[Any, Any], str], GenerationRequest]) -> None:
         """Create a file when a button is pressed, show what to do with it, and let the browser download it.
 
         Args:
-            inputs: the values that `request_of` makes a request of, beginning with the run, the step and the prompt.
+            inputs: the components whose values `request_of` makes a request of, with a prompt for an empty field.
         """
         self.request_of = request_of
         triggers, outputs = [self.download.click, self.merge.click], [self.file, self.card, self.workflow, self.code]
         on_device = {"concurrency_limit": 1, "concurrency_id": "files", "api_visibility": "private"}
-        created = gr.on(triggers, self._save, [self.layout, *inputs], outputs, show_progress_on=[self.download], **on_device)
+        created = gr.on(triggers, self._save, {self.layout, *inputs}, outputs, show_progress_on=[self.download], **on_device)
         created.success(None, js=SAVE, api_visibility="private")
 
-    def _save(
-        self, event: gr.EventData, request: gr.Request, layout: Layout, run_id: str, step: int, prompt: str, *values: Any
-    ) -> list[Any]:
+    def _save(self, given: dict[Any, Any], event: gr.EventData, request: gr.Request) -> list[Any]:
         workspace, is_merged = self.context.settings.workspace(request), event.target._id == self.merge._id
-        view = RunView(workspace.run(run_id))
-        wanted = self.request_of(workspace, run_id, step, (prompt or "").strip() or view.prompt, *values)
+        view, step, layout = RunView(workspace.run(given[self.context.run])), given[self.context.step], given[self.layout]
+        wanted = self.request_of(workspace, given, view.prompt)
         stem = f"{view.file_stem(step)}{'-merged' * is_merged}"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / file_name(stem, layout)
@@ -166,27 +163,21 @@ class Files:
                 names = " or ".join(repr(LAYOUTS[each][0]) for each in LORA_LAYOUTS)
                 raise InputError(f"Merged adapters are a LoRA file, got the format {LAYOUTS[layout][0]!r}. Choose {names}.")
             used = wanted.adapters[0].model_copy(update={"scale": 1.0} if is_merged else {})
-            return [
-                gr.DownloadButton(value=_cached(path)),
-                *_card(view, wanted.model_copy(update={"adapters": (used,)}), layout, path),
-            ]
+            card = _card(view, wanted.model_copy(update={"adapters": (used,)}), layout, path)
+            return [gr.DownloadButton(value=in_cache(path)), *card]
 
 
 def _card(view: RunView, wanted: GenerationRequest, layout: Layout, path: Path) -> list[Any]:
     """Updates of the card, the workflow and the code for a downloaded file."""
-    demo, is_native = DEMO * _is_demo(view), layout not in LORA_LAYOUTS
-    card = use.card(path.name, layout, default_title(view.options, view.task), f"{wanted.adapters[0].scale:g}", demo)
+    is_demo, is_native = _is_demo(view), layout not in LORA_LAYOUTS
+    card = use.card(path.name, layout, default_title(view.options, view.task), f"{wanted.adapters[0].scale:g}", is_demo)
     workflow = gr.DownloadButton(visible=False)
-    if layout == "kohya" and not demo:
+    if layout == "kohya" and not is_demo:
         saved = path.with_name(f"{path.stem}-comfyui.json")
         saved.write_text(json.dumps(comfyui_workflow(wanted, path.name), indent=2), encoding="utf-8")
-        workflow = gr.DownloadButton(value=_cached(saved), visible=True)
+        workflow = gr.DownloadButton(value=in_cache(saved), visible=True)
     code = python_code(wanted, path.stem if is_native else path.name, is_native)
     return [gr.HTML(card, visible=True), workflow, gr.Code(code, visible=True)]
-
-
-def _cached(path: Path) -> str:
-    return save_file_to_cache(path, get_upload_folder())
 
 
 def _is_demo(view: RunView) -> bool:
