@@ -266,16 +266,21 @@ def verdict_agrees_with_the_table(page, recommended):
         assert (value, *ends) == (column[recommended], column[low], low, column[high], high), name
 
 
-def test_judge_in_a_browser(app_server, new_page, screenshot, tmp_path):
+def test_judge_in_a_browser_before_and_after_the_first_run(app_server, new_page, screenshot, tmp_path):
     server = app_server()
+    page = new_page(server.url)
+    page.set_default_timeout(PATIENCE)
+    for screen, words in (("use", "There is no adapter yet"), ("judge", "There are no results yet")):
+        go_to(page, screen)
+        expect(page.locator(f"#{screen}-empty")).to_contain_text(words)
+        expect(page.locator("#use-generate, #judge-plots").locator("visible=true")).to_have_count(0)
+
     first = finished_run(server.runs / "20260101-000001-first")
     # Its images were measured at the last step, and its loss not.
     shorter = run_in(server.runs / "20260101-000002-second", "done", total=60)
     measure(shorter, curve((0, 20, 40)), scores((0, 40, 60)))
     ResolvedOptions({"data": {"instance_prompt": "a second toy"}}).write(shorter.path)
-    page = new_page(server.url)
-    page.set_default_timeout(PATIENCE)
-    go_to(page, "judge")
+    page.evaluate("document.getElementById('relist').click()")
 
     for name, points in (("20260101-000002-second", 3), ("20260101-000001-first", len(CURVE_STEPS))):
         page.locator(f'#run button[data-run="{name}"]').first.dispatch_event("click")

@@ -25,7 +25,8 @@ COUNT_FRAMES = """{
   window.Notification.requestPermission = async () => { window.Notification.permission = "granted"; };
 }"""
 RUNNING = "document.getAnimations().filter(each => each.playState === 'running').length"
-SECONDS = 8
+# More than two looks for changes.
+SECONDS = 5
 
 
 @pytest.fixture(scope="module")

@@ -278,13 +278,3 @@ def test_every_layout_of_the_adapter_can_be_downloaded_with_a_card(server, new_p
     assert page.locator("#use-workflow").count() == 0
     assert "For ComfyUI" not in page.locator("#use-layout").inner_text()
     assert page.locator("#use-layout input[value=compact]").count() == 0
-
-
-@pytest.mark.slow(10)
-def test_without_a_run_the_screen_says_what_to_do(app_server, new_page):
-    page = new_page(app_server().url)
-    page.set_default_timeout(PATIENCE)
-    go_to(page, "use")
-    page.wait_for_selector("#use-empty")
-    assert "There is no adapter yet" in page.locator("#use-empty").inner_text()
-    assert not page.locator("#use-generate").is_visible()
