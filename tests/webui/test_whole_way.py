@@ -87,7 +87,8 @@ def test_from_the_example_to_images_in_new_scenes_and_a_file(new_page, server):
     assert download.value.suggested_filename == f"sks-toy-step{step}.safetensors"
     with safe_open(download.value.path(), "pt") as file:
         assert file.metadata()["ss_base_model_version"] != "sdxl_base_v1-0"
-    expect(page.locator("#use-card")).to_contain_text("fit the demo model alone", timeout=PATIENCE)
+    expect(page.locator("#use-card")).to_contain_text("load_lora_weights", timeout=PATIENCE)
+    expect(page.locator("#use-formats")).to_contain_text("fit the demo model alone", timeout=PATIENCE)
 
 
 def generate(page, server):
