@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,14 @@ def followed(component: gr.components.Component) -> gr.State:
     state = gr.State()
     component.change(_identity, component, state, trigger_mode="always_last", **QUIET)
     return state
+
+
+def take_files(event: Callable[..., Any], field: gr.components.Component, taken: gr.File) -> None:
+    """At the `event` of an upload into `field`, move its files to the hidden field `taken` with several files.
+
+    Gradio breaks an upload off when the server empties its field, and ignores one that ends while the files of another are added.
+    """
+    event(None, [field], [field, taken], js="files => [null, [files ?? []].flat()]", **QUIET)
 
 
 class AppContext:

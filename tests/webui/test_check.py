@@ -180,6 +180,9 @@ def test_photos_are_pasted_captioned_cropped_and_removed_together(new_page, serv
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Remove all").click()
     expect(page.locator("#photos-empty")).to_be_visible(timeout=PATIENCE)
+    # The file that was uploaded last can be uploaded again.
+    page.set_input_files("#photos-upload input[type=file]", tmp_path / "beach duck.jpg")
+    expect(page.locator(".photo-card")).to_have_count(1, timeout=PATIENCE)
 
 
 @pytest.mark.slow(20)

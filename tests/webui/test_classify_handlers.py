@@ -71,29 +71,29 @@ def test_no_run_starts_on_a_dataset_that_is_not_ready(page, workspace, tmp_path)
 
 
 def test_a_zip_becomes_a_dataset_and_a_refused_one_leaves_nothing_behind(page, workspace, tmp_path):
-    upload = listener(page, "classify", "upload")
+    add_zips = listener(page, "classify", "add_zips")
     before = set(workspace.sets.glob("*"))
-    draft, _, said, *fields = upload({**DRAFT, "set": "digits"}, str(colour_zip(tmp_path / "a.zip", 4)), "half typed", None, None)
+    draft, _, said = add_zips({**DRAFT, "set": "digits"}, [str(colour_zip(tmp_path / "a.zip", 4))], None)
     assert "12 images added" in said
-    assert fields == [None, gr.skip(), gr.skip()]
     dataset = Dataset.of(workspace, draft["set"])
     assert [one.name for one in dataset.content().classes] == sorted(COLOURS)
     (tmp_path / "b.zip").write_text("no zip")
-    draft, _, said, *fields = upload({**DRAFT, "set": "digits"}, str(tmp_path / "b.zip"), "", None, None)
+    draft, _, said = add_zips({**DRAFT, "set": "digits"}, [str(tmp_path / "b.zip")], None)
     assert "not a zip" in said
-    assert (draft, fields) == (gr.skip(), [None, gr.skip(), gr.skip()])
+    assert draft == gr.skip()
     assert set(workspace.sets.glob("[!.]*")) - before == {dataset.folder}
 
 
 def test_images_join_a_class_and_stay_in_their_field_if_it_has_no_name(page, workspace, tmp_path):
-    upload, dataset = listener(page, "classify", "upload"), colour_set(workspace, tmp_path / "given")
+    add, dataset = listener(page, "classify", "add_to_class"), colour_set(workspace, tmp_path / "given")
     (tmp_path / "new.png").write_bytes(coloured("sea", 50))
     draft = {**DRAFT, "set": dataset.id}
-    assert upload(draft, None, "sea", [str(tmp_path / "new.png")], None)[0]["set"] == dataset.id
+    added, *_, name, files = add(draft, "sea", [str(tmp_path / "new.png")], None)
+    assert (added["set"], name, files) == (dataset.id, "", None)
     assert [len(one.images) for one in dataset.content().classes] == [6, 6, 7]
-    _, _, said, *fields = upload(draft, None, " ", [str(tmp_path / "new.png")], None)
+    _, _, said, *fields = add(draft, " ", [str(tmp_path / "new.png")], None)
     assert "A class needs a name" in said
-    assert fields == [None, gr.skip(), gr.skip()]
+    assert fields == [gr.skip()] * 2
 
 
 def test_the_result_is_shown_and_not_sent_again(page, record):

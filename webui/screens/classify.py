@@ -16,7 +16,7 @@ from pipelines.fewshot.layouts import counted
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import panel
 from webui.classifiers import share
-from webui.context import QUIET, AppContext, followed
+from webui.context import QUIET, AppContext, followed, take_files
 from webui.datasets import Dataset
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import EXAMPLES, LabelledClasses, point_to, titles, uploaded_dataset
@@ -24,7 +24,7 @@ from webui.render import macros, parts, small, tile
 from webui.runs import views
 from webui.screens.classify_result import CLASSIFIER, SCRIPT, ClassifierParts
 from webui.tasks import ClassifierPlan
-from webui.uploads import add_images, add_zip
+from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
 INTRO = "Train an image classifier for your own classes from a few images of each."
@@ -115,9 +115,11 @@ class _Images:
         self.go.click(lambda: gr.Tabs(selected="train"), None, [steps], **QUIET)
         # The field lists its files before they have arrived.
         self.files.change(lambda files: gr.Button(interactive=bool(files)), [self.files], [self.add], **QUIET)
-        fields, changed = [self.zip, self.name, self.files], [self.draft, self.open, self.message]
-        uploaded = gr.on([self.zip.upload, self.add.click], self.upload, [self.draft, *fields], [*changed, *fields], **SAVING)
-        self.redraw(uploaded.then)
+        changed = [self.draft, self.open, self.message]
+        zipped, fields = gr.File(visible="hidden", file_count="multiple"), [self.name, self.files]
+        take_files(self.zip.upload, self.zip, zipped)
+        self.redraw(zipped.change(self.add_zips, [self.draft, zipped], changed, trigger_mode="multiple", **SAVING).then)
+        self.redraw(self.add.click(self.add_to_class, [self.draft, *fields], [*changed, *fields], **SAVING).then)
         pointing = [self.point.click, self.path.submit]
         self.redraw(gr.on(pointing, self.use_folder, [self.draft, self.path], [*changed, self.path], **SAVING).then)
         gr.on([self.cards.click, self.editor.click], self.show_class, [self.draft], [self.open, self.editor], **QUIET)
@@ -173,26 +175,28 @@ class _Images:
         accuracy = WORKER.call("zero_shot", classes) if has_two else None
         return classes_html.summary(classes, accuracy), classes_html.cards(classes, accuracy)
 
-    def upload(
-        self, stored: dict[str, Any], zipped: str | None, name: str, files: list[str] | None, request: gr.Request
-    ) -> dict[Any, Any]:
-        """Add the class folders of a zip, or images to a class: to the draft's dataset if it was uploaded, else to a new one.
+    def add_zips(self, stored: dict[str, Any], zipped: list[str], request: gr.Request) -> dict[Any, Any]:
+        """Add the class folders of a zip."""
+        (path,) = zipped
+        return self._add(stored, lambda dataset: add_zip(dataset, path), request)
 
-        The zip is taken out of its field whether it can be used or not. If images are refused, the fields stay as they are.
-        """
-        if not zipped and not files:
-            return {self.message: ""}
+    def add_to_class(self, stored: dict[str, Any], name: str, files: list[str], request: gr.Request) -> dict[Any, Any]:
+        """Add images to a class, a new one if there is none of this name. If they are refused, the fields stay as they are."""
+        updates = self._add(stored, lambda dataset: add_images(dataset, files, dataset.add_class(name)), request)
+        return updates | ({self.name: "", self.files: None} if self.draft in updates else {})
+
+    def _add(self, stored: dict[str, Any], add: Callable[[Dataset], Added], request: gr.Request) -> dict[Any, Any]:
+        """Call `add` for the draft's dataset if it was uploaded, else for a new one."""
         plan = self.plan(stored, request)
         dataset = uploaded_dataset(plan.workspace, plan.key)
         target = dataset or Dataset(plan.workspace.new_image_set())
         try:
-            added = add_zip(target, zipped) if zipped else add_images(target, files, target.add_class(name))
+            added = add(target)
         except InputError as error:
             if dataset is None:
                 target.delete()
-            return {self.message: parts.warning(str(error)), self.zip: None}
-        emptied = {self.zip: None} if zipped else {self.name: "", self.files: None}
-        return {self.draft: {**stored, "set": target.id}, self.open: None, self.message: classes_html.upload(added), **emptied}
+            return {self.message: parts.warning(str(error))}
+        return {self.draft: {**stored, "set": target.id}, self.open: None, self.message: classes_html.upload(added)}
 
     def use_folder(self, stored: dict[str, Any], path: str, request: gr.Request) -> list[Any]:
         """Use a folder on this machine as a dataset."""

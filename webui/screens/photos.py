@@ -17,7 +17,7 @@ from pipelines.subject.folder_names import words_of
 from pipelines.subject.usage import SDXL
 from training.options.values import merged, without
 from webui import panel
-from webui.context import QUIET, AppContext
+from webui.context import QUIET, AppContext, take_files
 from webui.datasets import Dataset, DatasetImage
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER, CheckedImages
@@ -33,9 +33,6 @@ CHOICES_JS = """element.addEventListener('click', event => {
   const button = event.target.closest('button');
   if (button) trigger(button.dataset.action === 'classify' ? 'select' : 'click', {action: button.dataset.action, files: []});
 });"""
-# Empties the field at once. Gradio breaks an upload off when the server empties its field, and ignores one that ends while the
-# files of another are added.
-TAKE_FILES = "files => [null, [files ?? []].flat()]"
 # Images of the run in assets/before-after.png, four in a square each, and of three of the bundled classes.
 FIRST_SCREEN = ASSETS / "first-screen"
 DEMO, CHECKPOINT = "demo", "checkpoint"
@@ -107,7 +104,7 @@ class _Photos:
         self.lost.change(self.forget, draft, draft, **QUIET)
         uploads = [(self.upload, self.upload.upload), (self.folder, self.folder.upload), (self.camera, self.camera.input)]
         for source, event in uploads:
-            event(None, source, [source, self.files], js=TAKE_FILES, **QUIET)
+            take_files(event, source, self.files)
         busy = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [self.upload]}
         inputs, outputs = [draft, self.files, self.previous], [draft, self.message, self.previous, *view]
         begun.append(self.files.change(self.add, inputs, outputs, trigger_mode="multiple", **busy))
