@@ -291,6 +291,11 @@ def test_judge_in_a_browser_before_and_after_the_first_run(app_server, new_page,
         reason = page.locator("#judge-figures", has_text="There is no validation loss after step 40.")
         assert (bool(last), reason.count()) == (points > 3, points == 3)
     verdict_agrees_with_the_table(page, f"step {recommended_step(view(first))}")
+    # Plots are not drawn again when their screen is opened again.
+    drawn = page.locator("#judge-plots svg.marks")
+    drawn.evaluate_all("plots => plots.forEach(plot => { plot.dataset.drawn = 'before' })")
+    go_to(page, "train")
+    go_to(page, "judge")
     page.evaluate(
         """() => { window.changes = 0; const seen = new MutationObserver(list => window.changes += list.length);
         for (const plot of document.querySelectorAll('#judge-plots .vega-embed'))
@@ -300,6 +305,7 @@ def test_judge_in_a_browser_before_and_after_the_first_run(app_server, new_page,
         page.evaluate("noraVision.refresh()")
         quiet(page)
     assert page.evaluate("window.changes") == 0, "plots are drawn again although nothing changed"
+    assert drawn.evaluate_all("plots => plots.map(plot => plot.dataset.drawn)") == ["before"] * 4
     screenshot(page, "each/judge")
     page.locator('#judge-samples button[data-step="100"][data-prompt="2"]').click()
     expect(page.locator("#judge-use")).to_contain_text("Use step 100")
