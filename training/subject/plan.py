@@ -38,7 +38,7 @@ MEASURED_PASSES, CALIBRATION_PASSES, PASSES_PER_STEP = 128, 32, 3
 SCORED = 1.5
 # The certificate's images, with fewer steps, as a number of samples.
 CERTIFIED_SAMPLES = 3
-# Seconds to write the exported files, and to start the process that checks them.
+# Seconds to write the exported files, and to start a process: of the run, and of the one that checks these files.
 WRITING_SECONDS, PROCESS_SECONDS = 2.0, 12.0
 MODEL = "pretrained_model_name_or_path"
 # The runs whose pace may be that of the next one.
@@ -133,6 +133,8 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
 
 
 def total_seconds(options: SubjectOptions, num_images: int, pace: Pace) -> float:
-    """The duration of a run on so many images: the sum of all its phases."""
+    """The duration of a run on so many images: the start of its process, and all its phases."""
     seconds = estimated_seconds(options, pace)
-    return sum(seconds.get(phase.name, 0.0) for phase in phases(options, num_folds(num_images, options.data.heldout_image)))
+    return PROCESS_SECONDS + sum(
+        seconds.get(phase.name, 0.0) for phase in phases(options, num_folds(num_images, options.data.heldout_image))
+    )
