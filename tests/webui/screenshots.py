@@ -65,6 +65,7 @@ def compare(page):
     page.click("#check-start")
     expect(page.locator("#train-phase")).to_contain_text("running", timeout=PATIENCE)
     page.click("#train-next")
+    expect(page.locator("#screen-judge[role=tabpanel]")).to_be_visible(timeout=PATIENCE)
     go_to(page, "runs")
     expect(page.locator("button.run")).to_have_count(2, timeout=PATIENCE)
     for place in range(2):
