@@ -193,6 +193,8 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     if (!event_id || completed.delete(event_id)) return;
     pending.set(event_id, { since: performance.now(), reopened: 0 });
     setTimeout(showBusy, BUSY_MS);
+    // The page may have believed that the stream was still open.
+    setTimeout(reopen, CLOSE_MS);
   }
 
   async function readStream(response) {

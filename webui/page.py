@@ -120,13 +120,11 @@ async def forget_closed_sessions(page: gr.Blocks) -> None:
     with sessions.lock:
         closed = [name for name, session in sessions.session_data.items() if session.is_closed]
         for name in closed[:-MAX_CLOSED_SESSIONS]:
-            del sessions.session_data[name]
-            sessions.time_last_used.pop(name, None)
-    for name in queue.pending_messages_per_session.keys() - sessions.session_data.keys():
-        # Events that go on write to the session.
-        if queue.event_ids_to_events.keys().isdisjoint(queue.pending_event_ids_session.get(name, ())):
-            del queue.pending_messages_per_session[name]
-            queue.pending_event_ids_session.pop(name, None)
+            # Events that go on write to their session.
+            if queue.event_ids_to_events.keys().isdisjoint(queue.pending_event_ids_session.get(name, ())):
+                for kept in (sessions.session_data, sessions.time_last_used, queue.pending_messages_per_session):
+                    kept.pop(name, None)
+                queue.pending_event_ids_session.pop(name, None)
 
 
 def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
