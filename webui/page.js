@@ -1,10 +1,12 @@
 /* What the page does beside Gradio: it looks for changes of runs, shows what is running, keeps the address up to date, notifies, and
-reopens event streams. The hidden buttons that it clicks, and the listeners that call `window.noraVision`, are in `webui/page.py`. */
-() => {
+reopens event streams. It is in the head, so that no event comes before it. The hidden buttons that it clicks, and the listeners that
+call `window.noraVision`, are in `webui/page.py`. */
+(() => {
   const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100, CLOSE_MS = 1000, MAX_TRIES = 3;
   // How often a screen is refreshed while a run goes on. The others are refreshed when the state of a run changes.
   const REFRESH_MS = { train: 5000, judge: 10000, runs: 10000, classify: 10000, use: 10000 };
-  const TITLE = document.title;
+  // The page's own, which is not read yet.
+  let pageTitle = null;
   const click = (id) => document.getElementById(id)?.click();
   const fetchFromServer = window.fetch;
 
@@ -57,7 +59,8 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
     const line = document.getElementById("activity"), [link, others, button] = line.querySelectorAll("a, span, button");
     const run = active.find((each) => each.state === "running") ?? active[0];
     const percent = run?.percent == null ? "" : `${run.percent}% `;
-    const title = run ? `${percent}${run.name} · ${TITLE}` : TITLE;
+    pageTitle ??= document.title;
+    const title = run ? `${percent}${run.name} · ${pageTitle}` : pageTitle;
     set(document, "title", title);
     set(line, "hidden", !run);
     if (!run) return;
@@ -264,4 +267,4 @@ reopens event streams. The hidden buttons that it clicks, and the listeners that
   };
 
   look();
-}
+})();

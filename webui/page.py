@@ -18,7 +18,6 @@ HERE = Path(__file__).parent
 STYLE, FAVICON = HERE / "style.css", HERE / "favicon.svg"
 # The image of the page on social networks.
 CARD = HERE / "card.png"
-# For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
 SCRIPT = (HERE / "page.js").read_text()
 # System fonts, so that nothing is loaded from other servers.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
@@ -51,8 +50,7 @@ LOOK: dict[str, tuple[str, ...]] = {
 TITLE, SUMMARY = "NoRA Vision", "Adapt a large vision model from a handful of images."
 # Of the sessions of closed pages, so many are kept: a page that only lost its connection may come back.
 MAX_CLOSED_SESSIONS = 20
-# Gradio's loading screen counts its seconds at every frame and goes on when it is gone, which keeps the processor busy. It takes
-# `requestAnimationFrame` before page.js runs.
+# Gradio's loading screen counts its seconds at every frame and goes on when it is gone, which keeps the processor busy.
 HEAD = f"""<link rel="icon" href="favicon.ico" type="image/svg+xml"><meta name="description" content="{SUMMARY}">
 <meta property="og:type" content="website"><meta property="og:title" content="{TITLE}">
 <meta property="og:description" content="{SUMMARY}"><meta property="og:image" content="{{origin}}card.png">
@@ -60,7 +58,8 @@ HEAD = f"""<link rel="icon" href="favicon.ico" type="image/svg+xml"><meta name="
 <script>{{
   const request = window.requestAnimationFrame.bind(window), isStopwatch = /performance\\.now\\(\\) *- *[^;]+\\/ *1e3/;
   window.requestAnimationFrame = (callback) => (isStopwatch.test(callback) ? 0 : request(callback));
-}}</script>"""
+}}
+{SCRIPT}</script>"""
 HEADER = f"""<header class="brand"><h1>{TITLE}</h1><p>{SUMMARY}</p></header>
 <p id="activity" role="status" hidden>
   <a href="?tab=train"></a> <span></span> <button type="button">Notify me at the end</button>
@@ -112,13 +111,15 @@ def reopens_event_stream() -> None:
 
 
 async def forget_closed_sessions(page: gr.Blocks) -> None:
-    """Forget the sessions of closed pages but the `MAX_CLOSED_SESSIONS` last used, whose memory Gradio would not free.
+    """Forget the sessions of closed pages but the `MAX_CLOSED_SESSIONS` last used, which Gradio would not forget.
 
     Of each, it keeps the state, and the responses that the page has not read. It runs in the event loop, as the queue does.
     """
     sessions, queue = page.state_holder, page._queue
     with sessions.lock:
         closed = [name for name, session in sessions.session_data.items() if session.is_closed]
+        # The event stream of a page that was just closed is not ended yet.
+        closed.sort(key=sessions.time_last_used.__getitem__)
         for name in closed[:-MAX_CLOSED_SESSIONS]:
             # Events that go on write to their session.
             if queue.event_ids_to_events.keys().isdisjoint(queue.pending_event_ids_session.get(name, ())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import getpass
 import hashlib
 import logging
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from pipelines.errors import InputError
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
 from webui.inference_worker import WORKER
-from webui.page import CARD, FAVICON, HEAD, SCRIPT, STYLE, build_page, theme
+from webui.page import CARD, FAVICON, HEAD, STYLE, build_page, theme
 from webui.runs import RunView, views
 from webui.security import middlewares
 from webui.workspace import Settings, app_command, is_loopback
@@ -111,6 +112,10 @@ def serve(settings: Settings, share: bool = False, in_browser: bool = False) -> 
         signal.signal(number, lambda *_: stop.set())
     return_large_blocks()
     page = launched(settings, share, in_browser)
+    # Python looks for unreachable objects when a quarter more are kept than last time. Without those of libraries, which stay, it
+    # soon finds those of closed pages.
+    gc.collect()
+    gc.freeze()
     logger.info("NoRA Vision is at %s (Ctrl-C stops it; training runs continue)", page.local_url)
     if page.share_url:
         logger.info("Public link for everyone with an account: %s", page.share_url)
@@ -156,7 +161,7 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
     sign_in = {} if accounts is None else {"auth": LoginGate(accounts).admits, "auth_message": SIGN_IN}
     routes = [Route("/card.png", lambda request: FileResponse(CARD)), activity_route(settings)]
     outside = {"middleware": middlewares(settings, cache, HEAD), "routes": routes}
-    look = {"favicon_path": FAVICON, "theme": theme(), "css_paths": [STYLE], "js": SCRIPT}
+    look = {"favicon_path": FAVICON, "theme": theme(), "css_paths": [STYLE]}
     address = {"server_name": settings.host, "server_port": settings.port, "share": share, "inbrowser": in_browser}
     try:
         app, _, _ = page.launch(**address, **sign_in, **look, **LAUNCH_OPTIONS, app_kwargs=outside)

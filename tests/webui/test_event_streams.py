@@ -35,7 +35,7 @@ def url():
         number.change(str, number, text)
         text.change(lambda value: f"{value} clicks", text, copy)
     _, address, _ = page.launch(
-        js=SCRIPT,
+        head=f"<script>{SCRIPT}</script>",
         quiet=True,
         prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(SlowClosing)]},
