@@ -57,7 +57,7 @@ def test_the_oldest_sessions_of_closed_pages_are_forgotten_with_their_unread_res
     queue.pending_event_ids_session = {"1": {"sent"}, "2": {"event"}, "3": {"kept"}}
     queue.pending_messages_per_session.update({name: asyncio.Queue() for name in sessions.session_data})
     (forget,) = [fn.fn for fn in page.fns.values() if (None, "unload") in fn.targets]
-    apart(lambda: asyncio.run(forget()))
+    apart(forget())
     assert list(sessions.session_data) == ["0", *map(str, range(2, MAX_CLOSED_SESSIONS + 3))]
     assert sessions.time_last_used.keys() == queue.pending_messages_per_session.keys() == sessions.session_data.keys()
     assert list(queue.pending_event_ids_session) == ["2", "3"]

@@ -274,7 +274,7 @@ def test_the_progress_of_an_upload_ends_with_its_connection(tmp_path):
 
     guard = Guard(progress, Settings(tmp_path, tmp_path), tmp_path, "")
     address = {"path": "/gradio_api/upload_progress", "query_string": b"upload_id=a", "headers": [], "method": "GET"}
-    apart(lambda: asyncio.run(guard({"type": "http", "client": None, **address}, closed, None)))
+    apart(guard({"type": "http", "client": None, **address}, closed, None))
     assert answered == [{"type": "http.disconnect"}]
 
 
