@@ -272,7 +272,7 @@ def test_judge_in_a_browser_before_and_after_the_first_run(app_server, new_page,
     page.set_default_timeout(PATIENCE)
     for screen, words in (("use", "There is no adapter yet"), ("judge", "There are no results yet")):
         go_to(page, screen)
-        expect(page.locator(f"#{screen}-empty")).to_contain_text(words)
+        expect(page.locator(f"#{screen}-empty")).to_contain_text(words, timeout=PATIENCE)
         expect(page.locator("#use-generate, #judge-plots").locator("visible=true")).to_have_count(0)
 
     first = finished_run(server.runs / "20260101-000001-first")
@@ -284,8 +284,9 @@ def test_judge_in_a_browser_before_and_after_the_first_run(app_server, new_page,
 
     for name, points in (("20260101-000002-second", 3), ("20260101-000001-first", len(CURVE_STEPS))):
         page.locator(f'#run button[data-run="{name}"]').first.dispatch_event("click")
-        expect(page.locator("#judge-suggestion")).to_contain_text("recommended" if points == 3 else "Recommended")
-        expect(page.locator("#judge-plots svg.marks")).to_have_count(4)
+        words = "recommended" if points == 3 else "Recommended"
+        expect(page.locator("#judge-suggestion")).to_contain_text(words, timeout=PATIENCE)
+        expect(page.locator("#judge-plots svg.marks")).to_have_count(4, timeout=PATIENCE)
         page.wait_for_function(POINTS, arg=points)
         *_, last = shown_measurements(page)["Validation loss"].values()
         reason = page.locator("#judge-figures", has_text="There is no validation loss after step 40.")

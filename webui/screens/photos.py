@@ -18,7 +18,7 @@ from pipelines.subject.usage import SDXL
 from training.options.values import merged, without
 from webui import panel
 from webui.context import QUIET, AppContext, take_files
-from webui.datasets import Dataset, DatasetImage
+from webui.datasets import Dataset
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER, CheckedImages
 from webui.render import address, in_cache, parts, render, thumbnail
@@ -264,12 +264,14 @@ def cards(photos: Dataset, draft: Draft, checked: CheckedImages | None = None) -
         checked: the results of the image checks; None while they run.
     """
     prompt = _settings(draft).prompt
+    proposals = {photo.file: _proposal(prompt, photo.name) for photo in photos.photos() if not photo.caption}
+    return render("photos.html", dataset=photos, checked=checked, thumbnail=thumbnail, proposals=proposals)
 
-    def proposal(photo: DatasetImage) -> str:
-        words = " ".join(words_of(photo.name)).lower()
-        return f"{prompt}, {words}" if words and words not in prompt and not photo.caption else ""
 
-    return render("photos.html", dataset=photos, checked=checked, thumbnail=thumbnail, proposal=proposal)
+def _proposal(prompt: str, name: str) -> str:
+    """A caption made of the prompt and a file's name; empty if the name says nothing new."""
+    words = " ".join(words_of(name)).lower()
+    return f"{prompt}, {words}" if words and words not in prompt else ""
 
 
 def _signature(photos: Dataset, draft: Draft) -> list[str]:
