@@ -186,7 +186,7 @@ call `window.noraVision`, are in `webui/page.py`. */
   /* ---- Event streams ----
   Gradio's server closes a page's event stream when no event is pending. A page that sends another event before it has read this
   believes that the stream is open, and waits for the response until a later event opens a new stream. */
-  const COMPLETED = /^data: \{"msg":"process_completed","event_id":"([^"]+)"/;
+  const CLOSED = 'data: {"msg":"close_stream"', COMPLETED = /^data: \{"msg":"process_completed","event_id":"([^"]+)"/;
   // The time at which each pending event was sent, and how often a stream was opened for it.
   const pending = new Map(), completed = new Set();
   let openStreams = 0;
@@ -200,13 +200,16 @@ call `window.noraVision`, are in `webui/page.py`. */
     setTimeout(reopen, CLOSE_MS);
   }
 
-  async function readStream(response) {
+  async function readStream(response, stream) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (let part = await reader.read(); !part.done; part = await reader.read()) {
       const lines = (rest + part.value).split("\n");
       rest = lines.pop();
-      for (const line of lines) complete(line.match(COMPLETED)?.[1]);
+      for (const line of lines) {
+        stream.isClosed ||= line.startsWith(CLOSED);
+        complete(line.match(COMPLETED)?.[1]);
+      }
     }
   }
 
@@ -234,11 +237,11 @@ call `window.noraVision`, are in `webui/page.py`. */
     click("reopen-event-stream");
   }
 
-  /* The page aborts a stream when it has read that it is closed. If Gradio's server receives this before it has ended the stream, it
-  drops the events that were sent in the meantime, so it is left to the server to end the stream, for `CLOSE_MS`. */
-  function abortedLater(signal) {
+  /* The page aborts a stream when it has read that the server closes it. If Gradio's server receives this before it has ended the
+  stream, it drops the events that were sent in the meantime, so it is left to the server to end the stream. */
+  function abortedUnlessClosed(signal, stream) {
     const aborter = new AbortController();
-    signal?.addEventListener("abort", () => setTimeout(() => aborter.abort(), CLOSE_MS));
+    signal?.addEventListener("abort", () => setTimeout(() => stream.isClosed || aborter.abort(), CLOSE_MS));
     return aborter.signal;
   }
 
@@ -251,14 +254,16 @@ call `window.noraVision`, are in `webui/page.py`. */
     }
     if (!url.includes("/gradio_api/queue/data")) return fetchFromServer(resource, options);
     openStreams += 1;
+    const stream = { isClosed: false };
     const ended = () => {
       openStreams -= 1;
       setTimeout(reopen, REOPEN_MS);
     };
     try {
-      const response = await fetchFromServer(resource, { signal: abortedLater(resource.signal ?? options?.signal) });
+      const signal = abortedUnlessClosed(resource.signal ?? options?.signal, stream);
+      const response = await fetchFromServer(resource, { signal });
       // Aborted, the stream ends with an error.
-      readStream(response.clone()).catch(() => {}).finally(ended);
+      readStream(response.clone(), stream).catch(() => {}).finally(ended);
       return response;
     } catch (error) {
       ended();
