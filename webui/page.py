@@ -123,8 +123,8 @@ async def forget_closed_sessions(page: gr.Blocks) -> None:
         for name in closed[:-MAX_CLOSED_SESSIONS]:
             # Events that go on write to their session.
             if queue.event_ids_to_events.keys().isdisjoint(queue.pending_event_ids_session.get(name, ())):
-                for kept in (sessions.session_data, sessions.time_last_used, queue.pending_messages_per_session):
-                    kept.pop(name, None)
+                for table in (sessions.session_data, sessions.time_last_used, queue.pending_messages_per_session):
+                    table.pop(name, None)
                 queue.pending_event_ids_session.pop(name, None)
 
 
