@@ -46,7 +46,8 @@ class Page(gr.Blocks):
             raise gr.Error(sentence, title="Error", print_exception=False) from error
 
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+# By default, Gradio runs each listener for one page at a time, and users would wait for the image checks of others.
+QUIET = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
 # A list of runs: each is a button. A menu closes when the focus leaves it.
 CHOOSING = """
 element.addEventListener('click', event => {

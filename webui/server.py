@@ -197,6 +197,8 @@ def _prepare_environment(cache: Path) -> None:
     for name in [name for name in os.environ if name.startswith("GRADIO_") and name not in KEPT_VARIABLES]:
         del os.environ[name]
     os.environ |= {"GRADIO_TEMP_DIR": str(cache), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Of the statistics that Gradio keeps of events, which nobody sees.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1000"
     cache.mkdir(parents=True, exist_ok=True)
     cache.chmod(0o700)
     oldest = time.time() - CACHE_SECONDS

@@ -232,7 +232,7 @@ class _Use:
         triggers = [self.generate.click, self.fields["prompt"].submit, self.images.vary.click]
         inputs, outputs = {self.images.selected, *self.inputs}, [*buttons, seed, *self.images.outputs, self.images.filter]
         # The bar is on the page itself; Gradio would fade it until the first step.
-        running = gr.on(triggers, self.generate_images, inputs, outputs, **QUIET, **generation.AT_ONCE)
+        running = gr.on(triggers, self.generate_images, inputs, outputs, **{**QUIET, **generation.AT_ONCE})
         running.failure(lambda: self._idle(""), None, buttons, **QUIET)
         # After the cancelled event, whose failure empties the bar.
         cancelled = self.cancel.click(None, cancels=[running], **QUIET)
