@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -113,19 +114,18 @@ def reopens_event_stream() -> None:
 async def forget_closed_sessions(page: gr.Blocks) -> None:
     """Forget the sessions of closed pages but the `MAX_CLOSED_SESSIONS` last used, which Gradio would not forget.
 
-    Of each, it keeps the state, and the responses that the page has not read. It runs in the event loop, as the queue does.
+    Gradio keeps the state of each and the responses that its page has not read. This runs in the event loop, as the queue does.
     """
     sessions, queue = page.state_holder, page._queue
     with sessions.lock:
         closed = [name for name, session in sessions.session_data.items() if session.is_closed]
-        # The event stream of a page that was just closed is not ended yet.
         closed.sort(key=sessions.time_last_used.__getitem__)
         for name in closed[:-MAX_CLOSED_SESSIONS]:
-            # Events that go on write to their session.
-            if queue.event_ids_to_events.keys().isdisjoint(queue.pending_event_ids_session.get(name, ())):
-                for table in (sessions.session_data, sessions.time_last_used, queue.pending_messages_per_session):
-                    table.pop(name, None)
-                queue.pending_event_ids_session.pop(name, None)
+            del sessions.session_data[name], sessions.time_last_used[name]
+            # Emptied, not removed: the session's event stream may not have ended yet, and events that go on write to it.
+            unread = queue.pending_messages_per_session.get(name, asyncio.Queue())
+            while not unread.empty():
+                unread.get_nowait()
 
 
 def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
