@@ -11,7 +11,7 @@ call `window.noraVision`, are in `webui/page.py`. */
   const fetchFromServer = window.fetch;
 
   /* ---- Runs: looked for by one small request; the open screen is refreshed only when something has changed ---- */
-  let revision = null, states = new Map(), refreshed = 0, looked = 0, timer = null;
+  let revision = null, states = new Map(), refreshed = 0, looked = 0, timer = null, isFollowed = false;
 
   /* The address at which the page was opened may name no screen: it shows the first one. */
   const openScreen = () => new URLSearchParams(location.search).get("tab") ?? "photos";
@@ -45,7 +45,8 @@ call `window.noraVision`, are in `webui/page.py`. */
 
   function refreshIfChanged(now, isNewState) {
     if (now === revision || document.hidden) return;
-    if (revision !== null) {
+    // Before, the server has not been asked yet for what the page shows.
+    if (isFollowed) {
       const wait = REFRESH_MS[openScreen()] ?? Infinity;
       if (!isNewState && performance.now() - refreshed < wait) return;
       if (isNewState) click("relist");
@@ -143,6 +144,13 @@ call `window.noraVision`, are in `webui/page.py`. */
     shows("tab", screen);
   }
 
+  /* The revision is read before anything that the page shows, so that no change between them is missed. */
+  async function opening() {
+    showsTab();
+    await look();
+    isFollowed = true;
+  }
+
   /* The page shows what its address names: until it is laid out, its tabs cannot be opened, or are replaced. A user who was quicker
   has opened another screen meanwhile. */
   function opened() {
@@ -159,7 +167,7 @@ call `window.noraVision`, are in `webui/page.py`. */
     setTimeout(settle, ANSWER_MS, tries + 1);
   }
 
-  window.noraVision = { showsTab, showsRun, refresh, selected, opened };
+  window.noraVision = { showsTab, showsRun, refresh, selected, opening, opened };
 
   /* ---- Plots ----
   Gradio draws a plot again whenever its size changes by much, and leaves the observers of its earlier drawings. So it would draw

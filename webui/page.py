@@ -139,7 +139,7 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
         # A classifier leaves the subject run as it is, but a page that was just opened has none yet.
         return [context.show(workspace)[0] if run == gr.skip() and run_id is None else run, *others]
 
-    named = "() => { noraVision.showsTab(); return [location.search, null]; }"
+    named = "async () => { await noraVision.opening(); return [location.search, null]; }"
     loaded = context.page.load(open_address, [query, context.run], context.outputs, js=named, **QUIET)
     loaded.then(None, js="() => noraVision.opened()", **QUIET)
     button = gr.Button(visible="hidden", elem_id="open-address")

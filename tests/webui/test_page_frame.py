@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from browsing import go_to, quiet, reload
@@ -39,6 +40,12 @@ def server(app_server):
     end_processes()
 
 
+def end(run):
+    """Let a run be done."""
+    status = run / "status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "done", "phase": "done", "step": 100, "seconds": 60.0}))
+
+
 def tab(page):
     return page.locator("#screens > .tab-wrapper [aria-selected=true]")
 
@@ -70,10 +77,7 @@ def test_a_page_is_still_while_a_run_is_active_and_nothing_changes(server, new_p
         assert page.evaluate(RUNNING) == 0, screen
 
     # The end of the run is told, the open screen shows it, and the line goes away.
-    status = server.runs / ACTIVE / "status.json"
-    status.write_text(
-        json.dumps(json.loads(status.read_text()) | {"state": "done", "phase": "done", "step": 100, "seconds": 60.0})
-    )
+    end(server.runs / ACTIVE)
     expect(page.locator("#activity")).to_be_hidden(timeout=PATIENCE)
     assert page.title() == "NoRA Vision"
     assert page.evaluate("noted.map(note => [note.title, note.tag])") == [["sks toy: done", ACTIVE]]
@@ -97,3 +101,18 @@ def test_the_address_remembers_the_screen_and_the_run(server, new_page):
     expect(tab(page)).to_have_text(re.compile("Judge"), timeout=PATIENCE)
     page.go_forward()
     expect(tab(page)).to_have_text(re.compile("Train"), timeout=PATIENCE)
+
+
+def test_the_end_of_a_run_while_the_page_opens_is_shown(server, new_page):
+    run, page = server.runs / "20260101-000001-ending", new_page()
+    run_in(run, steps=40, share=0.4)
+
+    def late(route):
+        # The page, if it does not wait for this first answer, shows the run as it is.
+        time.sleep(3)
+        end(run)
+        route.continue_()
+
+    page.route("**/activity", late, times=1)
+    page.goto(f"{server.url}?tab=train&run={run.name}")
+    expect(page.locator("#train-state")).to_contain_text("Done", timeout=PATIENCE)
