@@ -5,8 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -109,8 +108,8 @@ class AppContext:
         self.draft, self.class_draft = (gr.BrowserState(Draft().to_browser(), storage_key=key, secret=key) for key in keys)
         # A copy of `draft` whose change event several screens listen to.
         self.draft_changed = followed(self.draft)
-        # The id of the open screen.
-        self.active_tab = gr.State(screens[0])
+        # The tabs that were put into `tabs`, by screen.
+        self.opened: dict[str, gr.Tab] = {}
         # By screen, a hidden button that is clicked when that screen is open and should read the run's files again.
         self.refreshes = {name: gr.Button(visible="hidden", elem_id=f"refresh-{name}") for name in screens}
         # A hidden button that page.js clicks when a run has begun or ended.
@@ -136,14 +135,22 @@ class AppContext:
             return [*by_task.values(), selected.id, opened]
         return [_default([view for view in runs if view.task == "subject"]), gr.skip(), _default(runs), opened]
 
-    def attach_refreshes(self, opened: Mapping[str, gr.Tab]) -> None:
-        """Refresh the open screen when another run is selected; page.js does so when it opens and when a run has changed.
+    def show_while_open(
+        self, screen: str, update: Callable[..., Any], draft: gr.BrowserState, outputs: Sequence[Any], *changed: gr.State
+    ) -> None:
+        """Show what `update` returns when the user opens `screen`, and when one of `changed` changes while it is open.
 
         Args:
-            opened: the tabs by screen name.
+            update: called with the value of `draft`, or with None if the screen is not open, which changes nothing.
         """
-        for name, tab in opened.items():
-            tab.select(partial(_identity, name), None, self.active_tab, **QUIET)
+        # Asked in the page: if the server kept it, two quick choices of tabs could reach it in the wrong order.
+        js = f"draft => [document.getElementById('screen-{screen}').checkVisibility() ? draft : null]"
+        showing = {"fn": update, "inputs": [draft], "outputs": outputs, "js": js, **QUIET}
+        self.opened[screen].select(trigger_mode="multiple", **showing)
+        gr.on([state.change for state in changed], trigger_mode="always_last", **showing)
+
+    def attach_refreshes(self) -> None:
+        """Refresh the open screen when another run is selected; page.js does so when it opens and when a run has changed."""
 
         def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
             workspace = self.settings.workspace(request)

@@ -93,13 +93,14 @@ def build_page(settings: Settings) -> gr.Blocks:
         # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
         # count their children.
         build_api(context)
-        opened = {}
         with context.tabs:
             for name, (title, screen) in SCREENS.items():
-                with gr.Tab(title, id=name, elem_id=f"screen-{name}") as opened[name]:
+                with gr.Tab(title, id=name, elem_id=f"screen-{name}") as context.opened[name]:
+                    # The first of its listeners: Gradio calls each when the one before it has ended.
+                    context.opened[name].select(None, js=f"() => noraVision.selected('{name}')", **QUIET)
                     screen.build(context)
-        context.attach_refreshes(opened)
-        _follow_address(context, opened)
+        context.attach_refreshes()
+        _follow_address(context)
         for listener in page.fns.values():
             # The busy line shows progress. Each component that an event marks as loading would be updated at all later events.
             listener.show_progress_on = listener.show_progress_on or []
@@ -128,7 +129,7 @@ async def forget_closed_sessions(page: gr.Blocks) -> None:
                 unread.get_nowait()
 
 
-def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
+def _follow_address(context: AppContext) -> None:
     """Select the run that the page's address names, and let page.js open the screen that it names and change the address."""
     query = gr.Textbox(visible=False)
 
@@ -145,6 +146,4 @@ def _follow_address(context: AppContext, opened: dict[str, gr.Tab]) -> None:
     button = gr.Button(visible="hidden", elem_id="open-address")
     last = {"js": "() => [location.search, null]", "trigger_mode": "always_last"}
     button.click(open_address, [query, context.run], context.outputs, **last, **QUIET)
-    for name, tab in opened.items():
-        tab.select(None, js=f"() => noraVision.selected('{name}')", **QUIET)
     context.picker.change(None, js="() => noraVision.showsRun()", trigger_mode="multiple", **QUIET)

@@ -10,7 +10,7 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.methods import equation_of, method_names, title_of
 from training.options.values import Values, defaults, groups, merged, without
-from webui.context import QUIET, AppContext
+from webui.context import AppContext
 from webui.form_schema import GROUP_TITLES, METHOD, OptionError, form_fields, typed, written
 from webui.render import macros, parts, render
 from webui.tasks import Plan
@@ -125,13 +125,12 @@ def build_plan(context: AppContext, plan: type[Plan], draft: gr.BrowserState, ch
     """Put the line into the screen `tab` that says what Train will do, or why it cannot start."""
     line = gr.HTML(elem_id=f"{tab}-plan")
 
-    def describe(active_tab: str, stored: dict[str, Any], request: gr.Request) -> Any:
-        if active_tab != tab:
+    def describe(stored: dict[str, Any] | None, request: gr.Request) -> Any:
+        if stored is None:
             return gr.skip()
         try:
             return parts.note(plan.of(context.settings.workspace(request), stored).describe())
         except InputError as error:
             return parts.note(str(error))
 
-    triggers = [context.page.load, changed.change, context.active_tab.change]
-    gr.on(triggers, describe, [context.active_tab, draft], [line], **QUIET)
+    context.show_while_open(tab, describe, draft, [line], changed)

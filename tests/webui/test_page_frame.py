@@ -43,7 +43,8 @@ def server(app_server):
 def end(run):
     """Let a run be done."""
     status = run / "status.json"
-    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "done", "phase": "done", "step": 100, "seconds": 60.0}))
+    ended = {"state": "done", "phase": "done", "step": 100, "seconds": 60.0}
+    status.write_text(json.dumps(json.loads(status.read_text()) | ended))
 
 
 def tab(page):

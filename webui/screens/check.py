@@ -80,8 +80,9 @@ class _Check:
         context, draft, of_cost = self.context, self.context.draft, [self.cost, self.measure, self.clock]
         for event in (context.page.load, context.draft_changed.change):
             event(self.fill, [draft, self.filled], [self.trigger, self.class_word, self.scenes, self.filled], **QUIET)
-        for event in (context.active_tab.change, context.draft_changed.change):
-            event(self.show, [context.active_tab, draft], [*self.settings, self.prompt, self.crops, *of_cost], **QUIET)
+        context.show_while_open(
+            "check", self.show, draft, [*self.settings, self.prompt, self.crops, *of_cost], context.draft_changed
+        )
         # Stored at every input, and on blur, which covers pasting, so that Train starts with the current values.
         for box, name, value in (
             (self.trigger, "trigger", "value"), (self.class_word, "class_word", "value"), (self.scenes, "scenes", LINES),
@@ -96,9 +97,9 @@ class _Check:
         key, settings = panel.form_key(plan), plan.settings
         return gr.skip() if key == filled else [settings.trigger, settings.class_word or "", settings.scene_lines, key]
 
-    def show(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> Any:
+    def show(self, stored: dict[str, Any] | None, request: gr.Request) -> Any:
         """Everything that follows from the draft, or an error in place of each; skipped unless the screen is open."""
-        if active_tab != "check":
+        if stored is None:
             return gr.skip()
         plan = self._plan(stored, request)
         return [*panel.settings_updates(plan), _or_warning(_prompts, plan), _or_warning(_crops, plan), *_cost(plan)]

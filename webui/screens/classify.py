@@ -69,7 +69,7 @@ def _follow(app: AppContext, steps: gr.Tabs, run: gr.Dropdown, opened: gr.State)
         return [gr.Dropdown(choices, value=value, visible=bool(runs)), part, elsewhere]
 
     given, outputs = [app.class_run, run, last_elsewhere], [run, steps, last_elsewhere]
-    gr.on([app.page.load, refreshed.click], renew, given, outputs, **QUIET)
+    gr.on([app.page.load, refreshed.click], renew, given, outputs, trigger_mode="multiple", **QUIET)
     gr.on([refreshed.click, steps.select, run.change], time.time, None, opened, trigger_mode="always_last", **QUIET)
 
 
@@ -81,10 +81,10 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
     panel.build_plan(app, ClassifierPlan, draft, draft_changed, "classify")
     start = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
 
-    def describe(active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def describe(stored: dict[str, Any] | None, request: gr.Request) -> Any:
         """The dataset and the settings of the next run; skipped unless the tab is open."""
-        if active_tab != "classify":
-            return (gr.skip(),) * (1 + len(widgets))
+        if stored is None:
+            return gr.skip()
         plan = ClassifierPlan.of(settings.workspace(request), stored)
         return classes_html.about(titles(plan.workspace)[plan.key], plan.classes), *panel.settings_updates(plan)
 
@@ -92,8 +92,7 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
         plan = ClassifierPlan.of(settings.workspace(request), stored)
         return [gr.Tabs(selected="result"), *app.show(plan.workspace, plan.start(), "train")]
 
-    for moved in (app.active_tab.change, opened.change, draft_changed.change):
-        moved(describe, [app.active_tab, draft], [about, *widgets], **QUIET)
+    app.show_while_open("classify", describe, draft, [about, *widgets], opened, draft_changed)
     start.click(begin, [draft], [steps, *app.outputs], api_visibility="private", concurrency_limit=1)
 
 

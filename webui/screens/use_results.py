@@ -61,7 +61,7 @@ class Gallery:
             self.delete = gr.Button("Delete", size="sm", min_width=90, elem_id="use-delete")
         self.outputs = [self.gallery, self.details]
         changed = [*self.outputs, self.actions, self.favourite]
-        gr.on([context.page.load, self.filter.input], self._show, self.filter, self.outputs, **QUIET)
+        gr.on([context.page.load, self.filter.input], self._show, self.filter, self.outputs, trigger_mode="always_last", **QUIET)
         self.gallery.select(self._select, None, [self.selected, *changed[1:]], **QUIET)
         gr.on([self.favourite.click, self.delete.click], self._change, [self.selected, self.filter], changed, **QUIET)
 
