@@ -106,6 +106,9 @@ class AppContext:
         # secret, and a key of this server process would lose them on a restart.
         keys = ("nora-vision-draft", "nora-vision-classify")
         self.draft, self.class_draft = (gr.BrowserState(Draft().to_browser(), storage_key=key, secret=key) for key in keys)
+        # Before all other listeners, which then have what the user has entered last.
+        for task, draft in (("subject", self.draft), ("classify", self.class_draft)):
+            draft.change(None, [draft], [draft], js=f"draft => window.withLastEdit?.(draft, '{task}')", **QUIET)
         # A copy of `draft` whose change event several screens listen to.
         self.draft_changed = followed(self.draft)
         # The tabs that were put into `tabs`, by screen.

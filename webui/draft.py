@@ -99,6 +99,7 @@ class RunSettings:
         class_word: the kind of subject, such as toy; None if it was not entered.
         scenes: of the preview prompts: text appended to the prompt, or a complete prompt if it contains the trigger word; None
             for those of the trainer.
+        edits: how often they were changed, by which the page tells whether a response is older than what the user has entered.
     """
 
     preset: str = ""
@@ -106,6 +107,7 @@ class RunSettings:
     trigger: str = TRIGGER
     class_word: str | None = None
     scenes: list[str] | None = None
+    edits: int = 0
 
     @classmethod
     def of_run(cls, options: Values) -> RunSettings:
@@ -171,12 +173,14 @@ class Draft:
         previous_set: the id of the user's dataset while the example is selected, to switch back to.
         version: differs whenever settings were replaced other than by the form.
         settings: by the id of the dataset.
+        copied_from: the id of the dataset, or `EXAMPLE`, that `set` was a copy of or was created in place of.
     """
 
     set: str | None = None
     previous_set: str | None = None
     version: float = 0.0
     settings: dict[str, RunSettings] = field(default_factory=dict)
+    copied_from: str | None = None
 
     @classmethod
     def from_browser(cls, value: object) -> Draft:
@@ -197,11 +201,13 @@ class Draft:
 
     def with_settings(self, key: str, settings: RunSettings) -> Draft:
         """The draft with other settings of the dataset `key`."""
-        return replace(self, version=time.time(), settings={**self.settings, key: settings})
+        edited = replace(settings, edits=self.settings_of(key).edits + 1)
+        return replace(self, version=time.time(), settings={**self.settings, key: edited})
 
     def moved_to(self, set_id: str | None) -> Draft:
         """The draft with a copy of its dataset, which keeps the settings; those of the example are not for the user's photos."""
+        if set_id == self.set:
+            return replace(self, previous_set=None)
         settings = self.settings.get(self.set) if self.set is not None else None
-        return replace(
-            self if settings is None or set_id is None else self.with_settings(set_id, settings), set=set_id, previous_set=None
-        )
+        moved = self if settings is None or set_id is None else self.with_settings(set_id, settings)
+        return replace(moved, set=set_id, previous_set=None, copied_from=self.set or EXAMPLE)

@@ -4,9 +4,21 @@
 // The draft with other settings of the dataset that `task` has chosen.
 window.withSettings ??= (draft, task, changes) => {
   const chosen = document.getElementById(`${task}-form`)?.querySelector("[data-set]")?.dataset.set;
-  const key = draft.set ?? chosen ?? "example", settings = draft.settings ?? {};
-  return { ...draft, settings: { ...settings, [key]: { ...settings[key], ...changes } } };
+  const key = draft.set ?? chosen ?? "example", before = draft.settings?.[key] ?? {};
+  const settings = { ...before, ...changes, edits: (before.edits ?? 0) + 1 };
+  lastEdits[task] = { key, settings };
+  return { ...draft, settings: { ...draft.settings, [key]: settings } };
 };
+// The draft with the user's last edit, if a response that was asked for before it has replaced it; otherwise nothing. What was
+// entered while photos were being added is for these photos.
+window.withLastEdit ??= (draft, task) => {
+  const { key, settings } = lastEdits[task] ?? {};
+  if (!settings || (draft.settings?.[key]?.edits ?? 0) >= settings.edits) return undefined;
+  const edited = draft.copied_from === key ? draft.set : key;
+  lastEdits[task] = { key: edited, settings };
+  return { ...draft, version: draft.version + 0.001, settings: { ...draft.settings, [edited]: settings } };
+};
+window.lastEdits ??= {};
 window.trainingOptions ??= {};
 
 const panel = element.querySelector(".expert"), fields = [...panel.querySelectorAll("[data-field]")];

@@ -14,6 +14,7 @@ import re
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from pipelines.errors import InputError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "nora_vision.methods"
 # The default method, and the one that methods are compared with.
 DEFAULT, REFERENCE = "nora", "lora"
+# Python 3.11's parser fails with a SystemError if another thread parses at the same time.
+_PARSING = Lock()
 
 
 @cache
@@ -81,8 +84,10 @@ def equation_of(name: str) -> str:
     return re.sub(r"\s*\[[^\]]*\]$", "", _first_sentence(name).partition(": ")[2].rstrip("."))
 
 
+@cache
 def _first_sentence(name: str) -> str:
-    text = ast.get_docstring(ast.parse(_own_files()[name].read_text(encoding="utf-8")))
+    with _PARSING:
+        text = ast.get_docstring(ast.parse(_own_files()[name].read_text(encoding="utf-8")))
     return text.split("\n\n")[0].replace("\n", " ")
 
 

@@ -317,6 +317,31 @@ def test_words_and_settings_belong_to_their_photos_and_a_missing_class_word_is_a
         expect(page.locator("#check-plan")).to_contain_text(line, timeout=PATIENCE)
 
 
+def test_what_is_entered_while_photos_are_added_is_kept_for_them(new_page, server, uploads):
+    page, held = opened(new_page, server), []
+    page.route(
+        "**/queue/join*",
+        lambda route: held.append(route) if "side.jpg" in (route.request.post_data or "") else route.continue_(),
+    )
+    page.set_input_files("#photos-upload input[type=file]", uploads[1])
+    while not held:
+        page.wait_for_timeout(50)
+    open_check(page)
+    type_into(page, "#check-class", "duck")
+    expect(page.locator("#check-plan")).to_contain_text("sks duck", timeout=PATIENCE)
+    held.pop().continue_()
+    for _ in range(2):
+        go_to(page, "photos")
+        expect(page.locator(".photo-card .title b")).to_have_text(["side.jpg"], timeout=PATIENCE)
+        expect(page.locator("#photos-plan")).to_contain_text("sks duck", timeout=PATIENCE)
+        go_to(page, "check")
+        expect(page.locator("#check-class input, #check-class textarea")).to_have_value("duck", timeout=PATIENCE)
+        reload(page)
+    go_to(page, "photos")
+    page.locator("#photos-example").click()
+    expect(page.locator("#photos-plan")).to_contain_text("sks toy", timeout=PATIENCE)
+
+
 @pytest.mark.slow(15)
 def test_the_cost_is_measured_once_and_train_starts_the_displayed_command(new_page, server, screenshot):
     page = opened(new_page, server)

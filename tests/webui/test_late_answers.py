@@ -50,6 +50,24 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
     assert examine(own, shown, examined, None) == gr.skip()
 
 
+def test_two_edits_of_photos_with_which_a_run_was_started_change_the_same_copy(page, workspace, tmp_path):
+    photos = Dataset(workspace.new_image_set())
+    for name, image in zip(("front.png", "side.png", "back.png"), sample_images(), strict=False):
+        image.save(tmp_path / name)
+    add_images(photos, [str(tmp_path / name) for name in ("front.png", "side.png")])
+    photos.seal()
+    draft, request = Draft(set=photos.id).to_browser(), SimpleNamespace(session_hash="one page", username=None)
+    clicked = SimpleNamespace(action="remove", files=[photos.photos()[0].file])
+    removed, *_ = listener(page, "photos", "act")(draft, clicked, request)
+    # Sent with the same draft, since the response is not on the page yet.
+    added, *_ = listener(page, "photos", "add")(draft, [str(tmp_path / "back.png")], request)
+    assert removed["set"] == added["set"] != photos.id
+    assert [photo.name for photo in Dataset.of(workspace, added["set"]).photos()] == ["side.png", "back.png"]
+    other = SimpleNamespace(session_hash="another page", username=None)
+    again, *_ = listener(page, "photos", "add")(draft, [str(tmp_path / "back.png")], other)
+    assert again["set"] not in (photos.id, added["set"])
+
+
 def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspace, tmp_path):
     only = next(iter(COLOURS))
     dataset = colour_set(workspace, tmp_path / "given", names=[only])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import gradio as gr
@@ -38,6 +40,8 @@ FIRST_SCREEN = ASSETS / "first-screen"
 DEMO, CHECKPOINT = "demo", "checkpoint"
 MODEL = "pretrained_model_name_or_path"
 CROP_SIDE = 1024
+# Held while it is decided which photos a request edits.
+_BEGINNING = Lock()
 
 
 def build(context: AppContext) -> None:
@@ -63,8 +67,8 @@ class _Photos:
                 self.check = gr.Button("Check first", min_width=120, size="lg", elem_id="photos-check")
         # The signatures of the photos that the page shows, and of those whose checks it shows.
         self.signature, self.examined = gr.State([]), gr.State([])
-        # The id of photos that are gone; the draft of the previous call of `add`, and the photos that it added to.
-        self.lost, self.previous = gr.State(None), gr.State(None)
+        # The id of photos that are gone.
+        self.lost = gr.State(None)
         self._wire()
 
     def _lay_out_uploads(self) -> None:
@@ -106,8 +110,8 @@ class _Photos:
         for source, event in uploads:
             take_files(event, source, self.files)
         busy = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [self.upload]}
-        inputs, outputs = [draft, self.files, self.previous], [draft, self.message, self.previous, *view]
-        begun.append(self.files.change(self.add, inputs, outputs, trigger_mode="multiple", **busy))
+        added = [draft, self.message, *view]
+        begun.append(self.files.change(self.add, [draft, self.files], added, trigger_mode="multiple", **busy))
         edited = [draft, self.message, self.crop, *view]
         begun += [clicked.click(self.act, draft, edited, **QUIET) for clicked in (self.about, self.cards, self.crop)]
         for event in begun:
@@ -142,22 +146,16 @@ class _Photos:
             return gr.skip()
         return {self.cards: cards(photos, draft, _checks(photos)), self.examined: now}
 
-    def add(self, stored: dict[str, Any], files: list[str] | None, previous: Any, request: gr.Request) -> dict[Any, Any]:
-        """Add files, or a photo of the camera; unusable ones are refused with a reason.
-
-        Args:
-            previous: the value of the state. A call with the same draft as the previous one was sent before the page had the
-                response, and adds to the same photos.
-        """
+    def add(self, stored: dict[str, Any], files: list[str] | None, request: gr.Request) -> dict[Any, Any]:
+        """Add files, or a photo of the camera; unusable ones are refused with a reason."""
         if not files:
             return gr.skip()
         workspace, draft = self._now(stored, request)
-        is_same = previous is not None and previous[0] == stored
-        photos, draft = _editable(workspace, draft.moved_to(previous[1]) if is_same else draft)
+        photos, draft = _editable(workspace, draft, request)
         added = add_photos(photos, files)
         notes = Markup("").join(map(parts.warning, (*added.refused, *added.notes)))
-        message = {self.message: gr.HTML(notes, visible=bool(notes)), self.previous: (stored, photos.id)}
-        return {self.draft: draft.to_browser(), **message, **self._view(photos, draft)}
+        message = gr.HTML(notes, visible=bool(notes))
+        return {self.draft: draft.to_browser(), self.message: message, **self._view(photos, draft)}
 
     def act(self, stored: dict[str, Any], event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
         """Do what the clicked button says: switch between the user's photos and the example, or edit photos."""
@@ -169,7 +167,7 @@ class _Photos:
             existing = draft.set or _existing(workspace, draft.previous_set)
             draft = replace(draft, set=existing or workspace.new_image_set().name)
         elif action != "cancel":
-            photos, draft = _editable(workspace, draft)
+            photos, draft = _editable(workspace, draft, request)
             editor = _edit(photos, action, [str(file) for file in event.files], event)
             checked = None if action == "crop" else _checks(photos)
         view = self._view(Dataset.of(workspace, draft.set), draft, checked)
@@ -215,10 +213,22 @@ class _Photos:
         }
 
 
-def _editable(workspace: Workspace, draft: Draft) -> tuple[Dataset, Draft]:
+def _editable(workspace: Workspace, draft: Draft, request: gr.Request | None) -> tuple[Dataset, Draft]:
     """The user's photos for editing: a new dataset in place of the example, a copy if a run was started with them."""
-    photos = Dataset.of(workspace, draft.set or workspace.new_image_set().name).editable(workspace)
+    session = None if request is None else request.session_hash
+    with _BEGINNING:
+        photos = Dataset.of(workspace, draft.set)
+        if photos.is_example or photos.content().is_sealed:
+            begun = _begun(workspace, session, draft.set, draft.previous_set, draft.version)
+            # A run may have been started with it in the meantime.
+            photos = Dataset.of(workspace, begun).editable(workspace)
     return photos, draft.moved_to(photos.id)
+
+
+@lru_cache(maxsize=1024)
+def _begun(workspace: Workspace, session: str | None, set_id: str | None, previous: str | None, version: float) -> str:
+    """The id of a new dataset or of the copy of `set_id`: the same for all requests that were sent before the page knew it."""
+    return str(Dataset.of(workspace, set_id or workspace.new_image_set().name).editable(workspace).id)
 
 
 def _edit(photos: Dataset, action: str, files: list[str], event: gr.EventData) -> str:
