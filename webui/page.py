@@ -6,9 +6,11 @@ import asyncio
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import parse_qs
 
 import gradio as gr
+from gradio.utils import LRUCache
 
 from webui.api import build_api
 from webui.context import QUIET, AppContext, Page
@@ -51,6 +53,8 @@ LOOK: dict[str, tuple[str, ...]] = {
 TITLE, SUMMARY = "NoRA Vision", "Adapt a large vision model from a handful of images."
 # Of the sessions of closed pages, so many are kept: a page that only lost its connection may come back.
 MAX_CLOSED_SESSIONS = 20
+# Gradio's own limit: the responses of so many sessions are kept until their pages read them.
+MAX_UNREAD = 2000
 # Gradio's loading screen counts its seconds at every frame and goes on when it is gone, which keeps the processor busy.
 HEAD = f"""<link rel="icon" href="favicon.ico" type="image/svg+xml"><meta name="description" content="{SUMMARY}">
 <meta property="og:type" content="website"><meta property="og:title" content="{TITLE}">
@@ -76,6 +80,18 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 }
 
 
+class UnreadResponses(LRUCache[str, asyncio.Queue[Any]]):
+    """The responses that pages have not read, by session.
+
+    Gradio removes a session's with each of its event streams that is cut off. A page may have two when it is left.
+    """
+
+    def __delitem__(self, session: str) -> None:
+        """Remove those of a session, if they are not removed yet."""
+        if session in self:
+            super().__delitem__(session)
+
+
 def theme() -> gr.themes.Base:
     """The theme: one accent colour, plain surfaces, the same contrast in light and dark mode."""
     hues = {"primary_hue": "teal", "secondary_hue": "slate", "neutral_hue": "slate"}
@@ -87,6 +103,7 @@ def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
     with Page(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         reopens_event_stream()
+        page._queue.pending_messages_per_session = UnreadResponses(MAX_UNREAD)
         page.unload(partial(forget_closed_sessions, page))
         gr.HTML(HEADER)
         context = AppContext(page, settings, list(SCREENS))
