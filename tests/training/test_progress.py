@@ -116,8 +116,15 @@ def test_a_subject_s_run_plans_its_folds_and_estimates_every_phase():
 def test_a_run_expects_the_pace_of_the_newest_finished_one_with_its_base_model(tmp_path):
     assert expected_pace(tmp_path, "mini-sdxl") == DEMO_PACE
     assert expected_pace(tmp_path, "owner/model") is None
-    for name, model, state in (("a", "owner/model", "done"), ("b", "owner/model", "failed"), ("c", "owner/other", "done")):
-        optimisation = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    runs = (
+        ("a", "owner/model", "done"),
+        ("b", "owner/model", "failed"),
+        ("c", "owner/other", "done"),
+        ("e", "owner/model", "done"),
+    )
+    for name, model, state in runs:
+        # The file of the last one, which is the newest, is not complete.
+        optimisation = {} if name == "e" else {"train_batch_size": 2, "gradient_accumulation_steps": 2}
         model_options = {"pretrained_model_name_or_path": model}
         groups = {"optimisation": optimisation, "output": {"validation_prompt": ["x", "y"]}, "model": model_options}
         run = RunDirectory.create(tmp_path / name, groups)

@@ -83,11 +83,11 @@ class Pace:
     def measured(cls, record: RunRecord) -> Pace | None:
         """The pace of a run; None if it is not done or has measured none."""
         run = RunSnapshot(record)
-        report, options = run.read_file(DryRunReport), run.options
-        if run.status.state != "done" or report is None or not options:
+        report, optimisation = run.read_file(DryRunReport), run.options.get("optimisation", {})
+        batch = optimisation.get("train_batch_size", 0) * optimisation.get("gradient_accumulation_steps", 0)
+        if run.status.state != "done" or report is None or not batch:
             return None
-        batch = options["optimisation"]["train_batch_size"] * options["optimisation"]["gradient_accumulation_steps"]
-        prompts = max(1, len(options["output"]["validation_prompt"] or ()))
+        prompts = max(1, len(run.options.get("output", {}).get("validation_prompt") or ()))
         took = {phase.name: phase.seconds or 0.0 for phase in run.status.plan or ()}
         return cls(report.seconds_per_step / batch, took.get(SAMPLING, 0.0) / prompts, took.get(LOADING, 0.0))
 
