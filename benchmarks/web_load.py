@@ -165,6 +165,7 @@ class Visitor:
         photos = self.rng.sample(self.load.photos, self.rng.randrange(1, 6))
         async with self.page.expect_response(re.compile("/gradio_api/upload")):
             await self.page.set_input_files("#photos-upload input[type=file]", photos)
+        # There may have been a photo of this name, so photos may still be added after it.
         await self.card(photos[-1].name).first.wait_for(state="attached")
 
     def card(self, name: str) -> Any:
@@ -179,16 +180,18 @@ class Visitor:
         await self.leave()
 
     async def remove(self) -> None:
-        """Remove all photos but four, when none are being added."""
+        """Remove all photos but the last four; others may be added meanwhile."""
         await self.open("photos")
-        await self.page.locator("body:not([data-busy])").wait_for()
-        boxes = self.page.locator(".photo-card input[data-action=choose]")
-        if (count := await boxes.count()) < 5:
+        boxes = ".photo-card input[data-action=choose]"
+        chosen = await self.page.evaluate(
+            "boxes => [...document.querySelectorAll(boxes)].slice(0, -4).map(box => { box.click(); return box.dataset.file; })",
+            boxes,
+        )
+        if not chosen:
             return
-        for _ in range(4, count):
-            await boxes.first.evaluate("(box) => box.closest('ol').querySelector('input:not(:checked)').click()")
         await self.page.click("[data-action=remove-chosen]")
-        await self.page.wait_for_function("document.querySelectorAll('.photo-card').length === 4")
+        gone = "([boxes, files]) => ![...document.querySelectorAll(boxes)].some(box => files.includes(box.dataset.file))"
+        await self.page.wait_for_function(gone, arg=[boxes, chosen])
 
     async def zip(self) -> None:
         """Add a zip of class folders."""
