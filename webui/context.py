@@ -6,6 +6,7 @@ import html
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import gradio as gr
@@ -141,14 +142,15 @@ class AppContext:
     def show_while_open(
         self, screen: str, update: Callable[..., Any], draft: gr.BrowserState, outputs: Sequence[Any], *changed: gr.State
     ) -> None:
-        """Show what `update` returns when the user opens `screen`, and when one of `changed` changes while it is open.
+        """Show what `update` returns for `draft` when the user opens `screen`, and at a change of `changed` while it is open."""
 
-        Args:
-            update: called with the value of `draft`, or with None if the screen is not open, which changes nothing.
-        """
+        @wraps(update)
+        def update_if_open(stored: dict[str, Any] | None, request: gr.Request) -> Any:
+            return gr.skip() if stored is None else update(stored, request)
+
         # Asked in the page: if the server kept it, two quick choices of tabs could reach it in the wrong order.
         js = f"draft => [document.getElementById('screen-{screen}').checkVisibility() ? draft : null]"
-        showing = {"fn": update, "inputs": [draft], "outputs": outputs, "js": js, **QUIET}
+        showing = {"fn": update_if_open, "inputs": [draft], "outputs": outputs, "js": js, **QUIET}
         self.opened[screen].select(trigger_mode="multiple", **showing)
         gr.on([state.change for state in changed], trigger_mode="always_last", **showing)
 

@@ -125,9 +125,7 @@ def build_plan(context: AppContext, plan: type[Plan], draft: gr.BrowserState, ch
     """Put the line into the screen `tab` that says what Train will do, or why it cannot start."""
     line = gr.HTML(elem_id=f"{tab}-plan")
 
-    def describe(stored: dict[str, Any] | None, request: gr.Request) -> Any:
-        if stored is None:
-            return gr.skip()
+    def describe(stored: dict[str, Any], request: gr.Request) -> str:
         try:
             return parts.note(plan.of(context.settings.workspace(request), stored).describe())
         except InputError as error:

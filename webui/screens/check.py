@@ -97,10 +97,8 @@ class _Check:
         key, settings = panel.form_key(plan), plan.settings
         return gr.skip() if key == filled else [settings.trigger, settings.class_word or "", settings.scene_lines, key]
 
-    def show(self, stored: dict[str, Any] | None, request: gr.Request) -> Any:
-        """Everything that follows from the draft, or an error in place of each; skipped unless the screen is open."""
-        if stored is None:
-            return gr.skip()
+    def show(self, stored: dict[str, Any], request: gr.Request) -> list[Any]:
+        """Everything that follows from the draft, or an error in place of each."""
         plan = self._plan(stored, request)
         return [*panel.settings_updates(plan), _or_warning(_prompts, plan), _or_warning(_crops, plan), *_cost(plan)]
 

@@ -81,10 +81,8 @@ def _build_train(app: AppContext, steps: gr.Tabs, draft_changed: gr.State, opene
     panel.build_plan(app, ClassifierPlan, draft, draft_changed, "classify")
     start = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
 
-    def describe(stored: dict[str, Any] | None, request: gr.Request) -> Any:
-        """The dataset and the settings of the next run; skipped unless the tab is open."""
-        if stored is None:
-            return gr.skip()
+    def describe(stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The dataset and the settings of the next run."""
         plan = ClassifierPlan.of(settings.workspace(request), stored)
         return classes_html.about(titles(plan.workspace)[plan.key], plan.classes), *panel.settings_updates(plan)
 

@@ -115,8 +115,8 @@ class _Photos:
         edited = [draft, self.message, self.crop, *view]
         begun += [clicked.click(self.act, draft, edited, **QUIET) for clicked in (self.about, self.cards, self.crop)]
         for event in begun:
-            shown = [draft, self.signature, self.examined]
-            event.then(self.examine, shown, [self.cards, self.examined], trigger_mode="always_last", **QUIET)
+            inputs = [draft, self.signature, self.examined]
+            event.then(self.examine, inputs, [self.cards, self.examined], trigger_mode="always_last", **QUIET)
         picked = [self.model.input, self.path.submit, self.path.blur]
         gr.on(picked, self.choose_model, [draft, self.model, self.path], [draft, *view], **QUIET)
         start_on_click(self.context, self.train)
