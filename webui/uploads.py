@@ -135,12 +135,13 @@ def add_groups(
         captions: of some of the images.
     Raises: InputError as `add_images`.
     """
+    quota = Quota(dataset.folder.parent)
     try:
         for class_folder, part, files in groups:
             images = _readable(files, added)
             while batch := list(islice(images, BATCH)):
                 with dataset.change() as content:
-                    check_quota(dataset.folder.parent, len(batch), sum(len(image.content) for _, image in batch))
+                    quota.use(len(batch), sum(len(image.content) for _, image in batch))
                     group = content.photos if class_folder is None else content.class_in(class_folder)
                     for file, image in batch:
                         entry = DatasetImage("", display_name(file.name), captions.get(file, ""), part)
@@ -160,15 +161,27 @@ def _readable(files: Sequence[Path | DatasetSource], added: Added) -> Iterator[t
             added.refused.append(str(error))
 
 
-def check_quota(sets: Path, images: int, size: int) -> None:
-    """Raise FullError if `images` more images of `size` bytes in total exceed the user's quota in the folder `sets`."""
-    held = [entry.stat().st_size for entry in sets.rglob("*") if entry.is_file()]
-    if len(list(sets.glob(f"*/{SET}"))) > MAX_SETS:
-        raise FullError(f"You have reached the limit of {MAX_SETS} datasets. Delete one that you no longer need.")
-    if images and len(held) + images > MAX_IMAGES:
-        raise FullError(f"The limit is {MAX_IMAGES:,} images per user. Delete a dataset that you no longer need.")
-    if sum(held) + size > MAX_USER_BYTES:
-        raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. Delete a dataset that you no longer need.")
+class Quota:
+    """A user's quota during an upload. Their files are counted once, so simultaneous uploads can exceed it by one of them.
+
+    Args:
+        sets: the folder of the user's datasets.
+    """
+
+    def __init__(self, sets: Path) -> None:
+        self.datasets = len(list(sets.glob(f"*/{SET}")))
+        sizes = [entry.stat().st_size for entry in sets.rglob("*") if entry.is_file()]
+        self.files, self.size = len(sizes), sum(sizes)
+
+    def use(self, images: int, size: int) -> None:
+        """Count new files. Raises: FullError if `images` more images of `size` bytes in total exceed the quota."""
+        self.files, self.size = self.files + images, self.size + size
+        if self.datasets > MAX_SETS:
+            raise FullError(f"You have reached the limit of {MAX_SETS} datasets. Delete one that you no longer need.")
+        if images and self.files > MAX_IMAGES:
+            raise FullError(f"The limit is {MAX_IMAGES:,} images per user. Delete a dataset that you no longer need.")
+        if self.size > MAX_USER_BYTES:
+            raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. Delete a dataset that you no longer need.")
 
 
 def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
@@ -310,7 +323,7 @@ def add_crop(dataset: Dataset, file: str, x: float, y: float, side: float) -> st
             raise InputError(f"The crop must lie in the image and have at least {MIN_CROP} pixels. Choose a larger square.")
         left, top, extent = round(x * short), round(y * short), round(side * short)
         crop = encoded(image.crop((left, top, min(left + extent, image.width), min(top + extent, image.height))))
-        check_quota(dataset.folder.parent, 1, len(crop.content))
+        Quota(dataset.folder.parent).use(1, len(crop.content))
         name = PurePosixPath(entry.name)
         copy = replace(entry, name=f"{name.stem} (crop){name.suffix}")
         group.images.insert(group.images.index(entry) + 1, dataset.store(group, copy, crop))
@@ -330,7 +343,7 @@ def add_adapter(workspace: Workspace, file: str | Path) -> tuple[Path, list[str]
             f"{name} is {size / 2**20:.0f} MB; an adapter may be at most {MAX_ADAPTER_BYTES // 2**20} MB. Choose a smaller one."
         )
     notes = WORKER.call("check_adapter", path, name)
-    check_quota(workspace.sets, 0, size)
+    Quota(workspace.sets).use(0, size)
     folder = workspace.sets / ADAPTERS
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{secrets.token_hex(8)}.safetensors"

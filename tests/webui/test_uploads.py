@@ -253,6 +253,14 @@ def test_the_number_of_images_per_user_is_limited(tmp_path, dataset, monkeypatch
     assert "10 images" in added.refused[-1]
 
 
+def test_the_files_of_a_user_are_counted_once_per_upload_not_per_batch(tmp_path, dataset, monkeypatch):
+    counted, quota = [], uploads.Quota
+    monkeypatch.setattr(uploads, "Quota", lambda sets: counted.append(sets) or quota(sets))
+    files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(2 * uploads.BATCH + 1)]
+    assert len(uploads.add_images(dataset, files).names) == len(files)
+    assert counted == [dataset.folder.parent]
+
+
 def test_the_bytes_per_user_are_limited(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_USER_BYTES", 10)
     added = uploads.add_images(dataset, [written(tmp_path / "a.png", png_bytes())])

@@ -28,7 +28,8 @@ from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
 INTRO = "Train an image classifier for your own classes from a few images of each."
-SAVING = {"api_visibility": "private", "show_progress": "minimal"}
+# A large zip of one user does not hold up those of others.
+SAVING = {"api_visibility": "private", "show_progress": "minimal", "concurrency_limit": 4}
 classes_html = macros("classify_images.html", counted=counted, share=share, tile=tile, small=small)
 
 

@@ -109,7 +109,8 @@ class _Photos:
         uploads = [(self.upload, self.upload.upload), (self.folder, self.folder.upload), (self.camera, self.camera.input)]
         for source, event in uploads:
             take_files(event, source, self.files)
-        busy = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [self.upload]}
+        # Large photos of one user do not hold up those of others.
+        busy = QUIET | {"show_progress": "minimal", "show_progress_on": [self.upload], "concurrency_limit": 4}
         added = [draft, self.message, *view]
         begun.append(self.files.change(self.add, [draft, self.files], added, trigger_mode="multiple", **busy))
         edited = [draft, self.message, self.crop, *view]
