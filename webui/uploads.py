@@ -36,6 +36,7 @@ from webui.workspace import Workspace
 MAX_SETS = 500
 MAX_IMAGES = 20_000
 MAX_USER_BYTES = 8 * 2**30
+DELETE = "Delete a dataset that you no longer need."
 ZIP_LIMITS = ZipLimits(members=MAX_IMAGES, total_bytes=2 * 2**30)
 # Images held in memory before they are written.
 BATCH = 8
@@ -177,11 +178,11 @@ class Quota:
         """Count new files. Raises: FullError if `images` more images of `size` bytes in total exceed the quota."""
         self.files, self.size = self.files + images, self.size + size
         if self.datasets > MAX_SETS:
-            raise FullError(f"You have reached the limit of {MAX_SETS} datasets. Delete one that you no longer need.")
+            raise FullError(f"You have reached the limit of {MAX_SETS} datasets. {DELETE}")
         if images and self.files > MAX_IMAGES:
-            raise FullError(f"The limit is {MAX_IMAGES:,} images per user. Delete a dataset that you no longer need.")
+            raise FullError(f"The limit is {MAX_IMAGES:,} images per user. {DELETE}")
         if self.size > MAX_USER_BYTES:
-            raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. Delete a dataset that you no longer need.")
+            raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. {DELETE}")
 
 
 def add_photos(dataset: Dataset, files: Sequence[str | Path]) -> Added:
