@@ -114,15 +114,18 @@ def checked_images(images: Dataset) -> CheckedImages:
 
     Raises: InputError if no image can be used.
     """
-    return _even_if_removed(lambda: _checked_images(images, tuple(sorted(images.signature()))))
+    return _even_if_removed(images, lambda: _checked_images(images, tuple(sorted(images.signature()))))
 
 
-def _even_if_removed(make: Callable[[], T]) -> T:
-    """The result of `make`, called again if an image is gone: the user has removed it meanwhile."""
-    try:
-        return make()
-    except FileNotFoundError:
-        return make()
+def _even_if_removed(images: Dataset, make: Callable[[], T]) -> T:
+    """The result of `make`, called again whenever an image is gone because the user has removed it meanwhile."""
+    while True:
+        before = images.photos()
+        try:
+            return make()
+        except FileNotFoundError:
+            if images.photos() == before:
+                raise
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,7 +154,7 @@ def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
         previews = crop_previews([images.folder / photo.file for photo in photos], options)
         return [_crop(photo.name, preview) for photo, preview in zip(photos, previews, strict=True)]
 
-    return _even_if_removed(made)
+    return _even_if_removed(images, made)
 
 
 def _crop(name: str, preview: CropPreview) -> Crop:

@@ -83,13 +83,15 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 class UnreadResponses(LRUCache[str, asyncio.Queue[Any]]):
     """The responses that pages have not read, by session.
 
-    Gradio removes a session's with each of its event streams that is cut off. A page may have two when it is left.
+    Gradio removes a session's with each of its event streams that is cut off. A page may have two when it is left, and the other
+    one fails if there is no queue.
     """
 
     def __delitem__(self, session: str) -> None:
-        """Remove those of a session, if they are not removed yet."""
-        if session in self:
-            super().__delitem__(session)
+        """Remove those of a session, but not its queue: events that go on write to it, and another stream may read it."""
+        unread = self.get(session, asyncio.Queue())
+        while not unread.empty():
+            unread.get_nowait()
 
 
 def theme() -> gr.themes.Base:
@@ -134,16 +136,13 @@ async def forget_closed_sessions(page: gr.Blocks) -> None:
 
     Gradio keeps the state of each and the responses that its page has not read. This runs in the event loop, as the queue does.
     """
-    sessions, queue = page.state_holder, page._queue
+    sessions = page.state_holder
     with sessions.lock:
         closed = [name for name, session in sessions.session_data.items() if session.is_closed]
         closed.sort(key=sessions.time_last_used.__getitem__)
         for name in closed[:-MAX_CLOSED_SESSIONS]:
             del sessions.session_data[name], sessions.time_last_used[name]
-            # Emptied, not removed: the session's event stream may not have ended yet, and events that go on write to it.
-            unread = queue.pending_messages_per_session.get(name, asyncio.Queue())
-            while not unread.empty():
-                unread.get_nowait()
+            del page._queue.pending_messages_per_session[name]
 
 
 def _follow_address(context: AppContext) -> None:

@@ -12,7 +12,7 @@ from processes import apart
 from run_folders import end_processes, run_in
 
 from webui.context import AppContext, pickers
-from webui.page import MAX_CLOSED_SESSIONS, SCREENS, build_page
+from webui.page import MAX_CLOSED_SESSIONS, SCREENS, UnreadResponses, build_page
 from webui.runs import views
 from webui.workspace import Settings, Workspace
 
@@ -63,9 +63,17 @@ def test_the_oldest_sessions_of_closed_pages_are_forgotten_with_their_unread_res
     remembered = ["0", *map(str, range(2, MAX_CLOSED_SESSIONS + 2))]
     assert list(sessions.session_data) == list(sessions.time_last_used) == remembered
     assert [name for name, messages in queue.pending_messages_per_session.items() if messages.qsize()] == remembered
-    # Gradio does so for each event stream of a session that is cut off.
+    # Gradio does so for each event stream of a session that is cut off, and the other streams fail if there is no queue.
     for _ in range(2):
         del queue.pending_messages_per_session["2"]
+    assert queue.pending_messages_per_session["2"].empty()
+
+
+def test_the_responses_of_the_oldest_sessions_are_forgotten():
+    responses = UnreadResponses(2)
+    for session in "abc":
+        responses[session] = asyncio.Queue()
+    assert list(responses) == ["b", "c"]
 
 
 @pytest.fixture

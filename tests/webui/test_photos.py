@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_images
 from training.options import DataOptions, ModelOptions, OutputOptions, SubjectOptions
-from webui import tasks
+from webui import inference_jobs, tasks
 from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft
 from webui.inference_jobs import checked_images, long_prompts_of
@@ -101,6 +101,20 @@ def test_the_image_checks_use_the_users_file_names(photos):
     assert "It is blurred" in blurred
     assert "Use a sharper image" in blurred
     assert "“front.png”" in blurred
+
+
+def test_photos_may_be_removed_one_after_another_while_they_are_checked(photos, monkeypatch):
+    first, *others = [photo.file for photo in photos.photos()]
+
+    def removing(report):
+        if others:
+            file = others.pop()
+            photos.remove([file])
+            (photos.folder / file).stat()
+        return report
+
+    monkeypatch.setattr(inference_jobs, "with_outliers", removing)
+    assert list(checked_images(photos).images) == [first]
 
 
 def test_truncated_prompts_and_captions_are_reported_before_training(photos):
