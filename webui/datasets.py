@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
 from pydantic import TypeAdapter
@@ -32,6 +32,7 @@ from pipelines.text_files import write_atomically, write_text_atomically
 from pipelines.untrusted_images import UploadedImage
 from webui.workspace import Workspace
 
+T = TypeVar("T")
 SET, SPLIT, LOCK = "set.json", "split.json", ".lock"
 # Named the local folder of a dataset in earlier versions.
 POINTER = "folder.json"
@@ -159,6 +160,16 @@ class Dataset:
     def photos(self) -> list[DatasetImage]:
         """The images of a subject in order, without those whose file is missing."""
         return [image for image in self.content().photos.images if (self.folder / image.file).is_file()]
+
+    def read(self, make: Callable[[], T]) -> T:
+        """The result of `make`, called again whenever an image is gone because the user has removed it meanwhile."""
+        while True:
+            before = self.photos()
+            try:
+                return make()
+            except FileNotFoundError:
+                if self.photos() == before:
+                    raise
 
     def signature(self) -> tuple[str, ...]:
         """A value that changes when a subject's images, their captions or their order change."""

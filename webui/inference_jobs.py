@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -62,7 +62,6 @@ PIPELINES = PipelineCache()
 FEATURES = FeatureCache()
 # Two jobs more: the adapters of a request as one LoRA file, and the classes of scikit-learn's handwritten digits.
 merge, digits = PIPELINES.merge, sample_set
-T = TypeVar("T")
 
 
 def on_gpu() -> bool:
@@ -114,18 +113,7 @@ def checked_images(images: Dataset) -> CheckedImages:
 
     Raises: InputError if no image can be used.
     """
-    return _even_if_removed(images, lambda: _checked_images(images, tuple(sorted(images.signature()))))
-
-
-def _even_if_removed(images: Dataset, make: Callable[[], T]) -> T:
-    """The result of `make`, called again whenever an image is gone because the user has removed it meanwhile."""
-    while True:
-        before = images.photos()
-        try:
-            return make()
-        except FileNotFoundError:
-            if images.photos() == before:
-                raise
+    return images.read(lambda: _checked_images(images, tuple(sorted(images.signature()))))
 
 
 @functools.lru_cache(maxsize=64)
@@ -154,7 +142,7 @@ def crops(images: Dataset, options: SubjectOptions) -> list[Crop]:
         previews = crop_previews([images.folder / photo.file for photo in photos], options)
         return [_crop(photo.name, preview) for photo, preview in zip(photos, previews, strict=True)]
 
-    return _even_if_removed(images, made)
+    return images.read(made)
 
 
 def _crop(name: str, preview: CropPreview) -> Crop:

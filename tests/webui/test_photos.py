@@ -13,7 +13,8 @@ from webui.datasets import EXAMPLE_SUBJECT, Dataset
 from webui.draft import Draft
 from webui.inference_jobs import checked_images, long_prompts_of
 from webui.page import build_page
-from webui.render import escaped
+from webui.render import escaped, thumbnail
+from webui.screens import photos as screen
 from webui.screens.photos import FIRST_SCREEN, cards
 from webui.uploads import add_crop, add_images
 from webui.workspace import Settings, Workspace
@@ -115,6 +116,19 @@ def test_photos_may_be_removed_one_after_another_while_they_are_checked(photos, 
 
     monkeypatch.setattr(inference_jobs, "with_outliers", removing)
     assert list(checked_images(photos).images) == [first]
+
+
+def test_a_photo_may_be_removed_while_the_cards_are_drawn(photos, monkeypatch):
+    *others, last = [photo.file for photo in photos.photos()]
+
+    def removing(path):
+        if path.name == last:
+            photos.remove([last])
+        return thumbnail(path)
+
+    monkeypatch.setattr(screen, "thumbnail", removing)
+    drawn = cards(photos, Draft())
+    assert [file in drawn for file in (*others, last)] == [True] * len(others) + [False]
 
 
 def test_truncated_prompts_and_captions_are_reported_before_training(photos):

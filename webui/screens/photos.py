@@ -277,7 +277,8 @@ def cards(photos: Dataset, draft: Draft, checked: CheckedImages | None = None) -
     """
     prompt = _settings(draft).prompt
     proposals = {photo.file: _proposal(prompt, photo.name) for photo in photos.photos() if not photo.caption}
-    return render("photos.html", dataset=photos, checked=checked, thumbnail=thumbnail, proposals=proposals)
+    values = {"dataset": photos, "checked": checked, "thumbnail": thumbnail, "proposals": proposals}
+    return photos.read(lambda: render("photos.html", **values))
 
 
 def _proposal(prompt: str, name: str) -> str:
