@@ -37,7 +37,7 @@ def build(app: AppContext) -> None:
     """Put the screen into the open tab."""
     gr.HTML(parts.note(INTRO))
     with gr.Row():
-        chosen = {"visible": False, "interactive": True}
+        chosen = {"visible": False, "interactive": True, "min_width": 240}
         run = gr.Dropdown(label="Classifier", info="Result and Use show this classifier.", elem_id="classify-run", **chosen)
         method = gr.Dropdown(label="Method", info="Result and Use show this method.", elem_id="classify-method", **chosen)
     # Outside of the tabs, which count every component inside them.
@@ -133,7 +133,7 @@ class _Images:
         self.editor = gr.HTML(js_on_load=SCRIPT, apply_default_css=False, elem_id="classify-edit")
         self.go = gr.Button("Continue to Train", variant="primary", elem_id="classify-go-train")
         gr.HTML("<h3>Add your own images</h3>")
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Zip of class folders"):
                 gr.HTML(parts.note("One folder per class, named after the class, with its images inside."))
                 self.zip = gr.File(label="Zip file", file_types=[".zip"], height=140, elem_id="classify-zip")
