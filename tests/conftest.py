@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,35 +18,20 @@ from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 SIZES = ((40, 30), (30, 40), (33, 33))
 # Test processes share the cores out, with all that they start: threads that are more than the cores wait for each other.
-PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // PROCESSES)
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Give each process its share of the slow modules, and begin with them: begun last, they would leave the others idle.
+    """The slowest modules first: begun last, they would leave all processes but their own with nothing to do.
 
-    With --dist worksteal each process gets one part of the list, all of the same length, and gives up the end of what is left to
-    those that are done. The tests of a module stay together, so that each process starts a module's server once.
+    The tests of a module stay together, so that each process starts a module's server once.
     """
-    modules, seconds = defaultdict(list), Counter()
+    seconds = Counter()
     for item in items:
-        modules[item.path].append(item)
         seconds[item.path] += seconds_of(item)
-    shares = [[] for _ in range(PROCESSES)]
-    taken = [0.0] * PROCESSES
-    for path in sorted(filter(seconds.get, modules), key=seconds.get, reverse=True):
-        least = taken.index(min(taken))
-        taken[least] += seconds[path]
-        shares[least] += modules[path]
-    quick = [item for path, module in modules.items() if not seconds[path] for item in module]
-    for place, share in enumerate(shares):
-        missing = max(0, len(items) * (place + 1) // PROCESSES - len(items) * place // PROCESSES - len(share))
-        share += quick[:missing]
-        del quick[:missing]
-    items[:] = [*(item for share in shares for item in share), *quick]
+    items.sort(key=lambda item: seconds[item.path], reverse=True)
 
 
 def seconds_of(item):
