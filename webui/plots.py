@@ -18,8 +18,8 @@ from markupsafe import Markup
 from webui.render import LazyUpdate, parts
 
 Point = tuple[float, float]
-# More points than a screen resolves, and rows of a table that a person would listen to.
-MOST_POINTS, MOST_ROWS = 240, 12
+# Every point is an element of the page, which costs processor time; and rows of a table that a person would listen to.
+MOST_POINTS, MOST_ROWS = 120, 12
 X, Y, SERIES = "step", "value", "series"
 # Colours with a contrast of at least 3 to 1 on the light and on the dark background.
 COLOURS = ("#0d9488", "#ea580c", "#7c7ff2", "#c026d3")
