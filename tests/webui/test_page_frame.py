@@ -98,6 +98,10 @@ def test_the_address_remembers_the_screen_and_the_run(server, new_page):
     expect(tab(page)).to_have_text(re.compile("Train"), timeout=PATIENCE)
     expect(page.locator("#train-phase")).to_contain_text("Done", timeout=PATIENCE)
     quiet(page)
+    # The newest images are above the earlier ones.
+    tops = page.locator(".newest-first h3").evaluate_all("titles => titles.map(title => title.getBoundingClientRect().top)")
+    assert len(tops) > 1
+    assert tops == sorted(tops, reverse=True)
     page.go_back()
     expect(tab(page)).to_have_text(re.compile("Judge"), timeout=PATIENCE)
     page.go_forward()

@@ -150,13 +150,13 @@ def test_user_input_and_errors_are_escaped(workspace):
     assert "&lt;b&gt;in the snow" in page
 
 
-def test_samples_are_shown_newest_first_as_copies_in_the_cache(workspace, tmp_path):
+def test_samples_are_in_the_order_of_the_training_as_copies_in_the_cache(workspace, tmp_path):
     run = run_in(workspace.runs / "a", steps=60)
     assert "Sample images appear here" in contents(view(run))["samples"].make().value
     for step in (0, 20, 40):
         add_samples(run, step)
     made = contents(view(run))["samples"].make().value
-    places = [made.index(words) for words in ("After step 40", "After step 20", "Before training", "Training images")]
+    places = [made.index(words) for words in ("Before training", "After step 20", "After step 40", "Training images")]
     assert places == sorted(places)
     assert made.count("<img") == 3 * len(PROMPTS) + 1
     assert str(run.path) not in made

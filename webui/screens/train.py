@@ -89,8 +89,8 @@ def notes(view: RunView) -> list[str]:
 
 
 def sample_images(view: RunView) -> LazyUpdate:
-    """The sample images, newest step first, and the training photos."""
-    record, steps = view.record, sampled_steps(view.record)[::-1]
+    """The sample images by step, and the training photos."""
+    record, steps = view.record, sampled_steps(view.record)
     changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in steps]
     sheet = None if steps else newest_sheet(record)
 
