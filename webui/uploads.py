@@ -136,12 +136,14 @@ def add_groups(
         captions: of some of the images.
     Raises: InputError as `add_images`.
     """
-    quota = Quota(dataset.folder.parent)
+    quota = None
     try:
         for class_folder, part, files in groups:
             images = _readable(files, added)
             while batch := list(islice(images, BATCH)):
                 with dataset.change() as content:
+                    # Counted under the lock, so that no file is removed meanwhile.
+                    quota = quota or Quota(dataset.folder.parent)
                     quota.use(len(batch), sum(len(image.content) for _, image in batch))
                     group = content.photos if class_folder is None else content.class_in(class_folder)
                     for file, image in batch:
