@@ -48,6 +48,8 @@ class Page(gr.Blocks):
 
 # By default, Gradio runs each listener for one page at a time, and users would wait for the image checks of others.
 QUIET = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
+# Of events that add files: large ones of one user do not hold up those of others.
+SAVING = QUIET | {"show_progress": "minimal", "concurrency_limit": 4}
 # A list of runs: each is a button. A menu closes when the focus leaves it.
 CHOOSING = """
 element.addEventListener('click', event => {

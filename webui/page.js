@@ -3,8 +3,8 @@ reopens event streams. It is in the head, so that no event comes before it. The 
 call `window.noraVision`, are in `webui/page.py`. */
 (() => {
   const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100, CLOSE_MS = 1000, MAX_TRIES = 3;
-  // How often a screen is refreshed while a run goes on. The others are refreshed when the state of a run changes.
-  const REFRESH_MS = { train: 10000, judge: 10000, runs: 10000, classify: 10000, use: 10000 };
+  // These screens are refreshed so often while a run goes on. The others are refreshed when the state of a run changes.
+  const REFRESH_MS = 10000, FOLLOWING = ["train", "judge", "runs", "classify", "use"];
   // The page's own, which is not read yet.
   let pageTitle = null;
   const click = (id) => document.getElementById(id)?.click();
@@ -47,7 +47,7 @@ call `window.noraVision`, are in `webui/page.py`. */
     if (now === revision || document.hidden) return;
     // Before, the server has not been asked yet for what the page shows.
     if (isFollowed) {
-      const wait = REFRESH_MS[openScreen()] ?? Infinity;
+      const wait = FOLLOWING.includes(openScreen()) ? REFRESH_MS : Infinity;
       if (!isNewState && performance.now() - refreshed < wait) return;
       if (isNewState) click("relist");
       refresh();

@@ -16,7 +16,7 @@ from pipelines.fewshot.layouts import counted
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import panel
 from webui.classifiers import share
-from webui.context import QUIET, AppContext, followed, take_files
+from webui.context import QUIET, SAVING, AppContext, followed, take_files
 from webui.datasets import Dataset
 from webui.inference_worker import WORKER
 from webui.labelled_datasets import EXAMPLES, LabelledClasses, point_to, titles, uploaded_dataset
@@ -28,8 +28,6 @@ from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
 INTRO = "Train an image classifier for your own classes from a few images of each."
-# A large zip of one user does not hold up those of others.
-SAVING = {"api_visibility": "private", "show_progress": "minimal", "concurrency_limit": 4}
 classes_html = macros("classify_images.html", counted=counted, share=share, tile=tile, small=small)
 
 

@@ -19,7 +19,7 @@ from pipelines.subject.folder_names import words_of
 from pipelines.subject.usage import SDXL
 from training.options.values import merged, without
 from webui import panel
-from webui.context import QUIET, AppContext, take_files
+from webui.context import QUIET, SAVING, AppContext, take_files
 from webui.datasets import Dataset
 from webui.draft import EXAMPLE, Draft, RunSettings
 from webui.inference_worker import WORKER, CheckedImages
@@ -109,8 +109,7 @@ class _Photos:
         uploads = [(self.upload, self.upload.upload), (self.folder, self.folder.upload), (self.camera, self.camera.input)]
         for source, event in uploads:
             take_files(event, source, self.files)
-        # Large photos of one user do not hold up those of others.
-        busy = QUIET | {"show_progress": "minimal", "show_progress_on": [self.upload], "concurrency_limit": 4}
+        busy = SAVING | {"show_progress_on": [self.upload]}
         added = [draft, self.message, *view]
         begun.append(self.files.change(self.add, [draft, self.files], added, trigger_mode="multiple", **busy))
         edited = [draft, self.message, self.crop, *view]
