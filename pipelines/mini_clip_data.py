@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torchvision.transforms.v2 import CutMix
 
 from pipelines.backgrounds import BACKGROUNDS
 from pipelines.scenes import COLOURS, GLYPHS, PARTS, PATTERNS, SHAPES, SIZES, Scene
@@ -61,6 +62,29 @@ def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) 
     grid = F.affine_grid(torch.from_numpy(np.asarray(rows)).float().permute(2, 0, 1), list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     return _lit(moved, photos, rng)
+
+
+def mix_classes(
+    pixels: torch.Tensor, labels: torch.Tensor, classes: int, probability: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch with CutMix applied to its photographs with the given `probability`, and the share of each class in each image.
+
+    Args:
+        pixels: (count, 3, size, size).
+        labels: (count,) int64, the class of a photograph, -1 for a scene.
+        classes: number of classes.
+    Returns: pixels like `pixels`; shares (count, classes), which sum to 1 for a photograph and are zeros for a scene.
+    """
+    photos = labels >= 0
+    shares = torch.zeros(len(labels), classes)
+    shares[photos] = F.one_hot(labels[photos], classes).float()
+    if not photos.any() or rng.random() >= probability:
+        return pixels, shares
+    pixels = pixels.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        pixels[photos], shares[photos] = CutMix(alpha=1.0)(pixels[photos], shares[photos])
+    return pixels, shares
 
 
 def _lit(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:

@@ -17,9 +17,10 @@ class ClassNameLoss(nn.Module):
 
         logits = exp(t) f(image) . g(text);   texts: names of the batch's classes, captions of its scenes, wrong captions
 
-    The target of a photograph is the name of its class, and that of a scene its caption; equal captions share the target. The
-    anchors are free vectors, one per class, which both encoders can follow from the first step: without them the features of
-    names were still similar after an epoch (mean cosine 0.91) and gave little signal.
+    The target of a photograph is the name of its class, or the names of both classes that CutMix put into it, and that of a
+    scene its caption; equal captions share the target. The anchors are free vectors, one per class, which both encoders can
+    follow from the first step: without them the features of names were still similar after an epoch (mean cosine 0.91) and gave
+    little signal.
 
     Args:
         model: both encoders are trained.
@@ -35,25 +36,25 @@ class ClassNameLoss(nn.Module):
         self.smoothing = smoothing
 
     def forward(
-        self, pixels: torch.Tensor, labels: torch.Tensor, template: torch.Tensor, captions: torch.Tensor, wrong: torch.Tensor
+        self, pixels: torch.Tensor, classes: torch.Tensor, template: torch.Tensor, captions: torch.Tensor, wrong: torch.Tensor
     ) -> torch.Tensor:
         """The mean loss of a batch, a scalar.
 
         Args:
             pixels: (batch, 3, size, size) in [-1, 1].
-            labels: (batch,) int64, the class of a photograph, -1 for a scene.
+            classes: (batch, classes), the share of each class in a photograph, which sum to 1; zeros for a scene.
             template: (batch,) int64, all equal: index of the template of the class names.
             captions: (batch, tokens) int64; those of photographs are ignored.
             wrong: (batch, count, tokens) int64, captions that contradict the scene; those of photographs are ignored.
         """
-        scenes = labels < 0
-        present, class_positions = labels[~scenes].unique(return_inverse=True)
+        scenes = classes.sum(dim=-1) == 0
+        present = classes.sum(dim=0).nonzero().flatten()
         names, scene_captions = self.names[template[0], present], torch.cat([captions[scenes], wrong[scenes].flatten(0, 1)])
         images = self.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
         # Encoded separately, because names are shorter than captions.
         texts = torch.cat([encode_texts(self.model, part) for part in (names, scene_captions) if len(part)])
-        target = torch.zeros(len(labels), len(texts), device=labels.device)
-        target[~scenes, : len(names)] = torch.eye(len(names), device=labels.device)[class_positions]
+        target = torch.zeros(len(classes), len(texts), device=classes.device)
+        target[:, : len(names)] = classes[:, present]
         equal = (captions[scenes, None] == scene_captions[None]).all(dim=-1).float()
         target[scenes, len(names) :] = equal / equal.sum(dim=-1, keepdim=True)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -62,6 +63,6 @@ class ClassNameLoss(nn.Module):
             loss = F.cross_entropy(scale * images @ texts.T, target, label_smoothing=self.smoothing)
             if len(present):
                 anchors = scale * F.normalize(self.anchors, dim=-1)
-                for features, class_labels in ((images[~scenes], labels[~scenes]), (texts[: len(names)], present)):
-                    loss = loss + F.cross_entropy(features @ anchors.T, class_labels, label_smoothing=self.smoothing)
+                for features, anchor in ((images[~scenes], classes[~scenes]), (texts[: len(names)], present)):
+                    loss = loss + F.cross_entropy(features @ anchors.T, anchor, label_smoothing=self.smoothing)
             return loss

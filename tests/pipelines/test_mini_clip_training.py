@@ -31,12 +31,13 @@ def loss(tokenizer, tmp_path):
 
 
 def batch(tokenizer, labels, captions, wrong=()):
-    """Random images with the given labels; every scene has the same wrong captions."""
-    count = len(labels)
+    """Random images with the given labels, -1 for scenes; every scene has the same wrong captions."""
+    count, classes = len(labels), torch.zeros(len(labels), len(NAMES))
+    classes[torch.tensor(labels) >= 0] = torch.eye(len(NAMES))[[label for label in labels if label >= 0]]
     wrong_tokens = tokenize(tokenizer, list(wrong)) if wrong else torch.zeros(0, 32, dtype=torch.int64)
     return {
         "pixels": torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(1)),
-        "labels": torch.tensor(labels),
+        "classes": classes,
         "template": torch.zeros(count, dtype=torch.int64),
         "captions": tokenize(tokenizer, captions),
         "wrong": wrong_tokens.expand(count, -1, -1),
@@ -63,7 +64,7 @@ def test_the_loss_of_photographs_is_smoothed_cross_entropy_over_their_class_name
     inputs = batch(tokenizer, [2, 0, 2], ["unread"] * 3)
     logits = logits_over(loss, inputs["pixels"], loss.names[0, [0, 2]])
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, torch.tensor([1, 0, 1]))
-    torch.testing.assert_close(loss(**inputs), expected + by_anchor(loss, inputs["pixels"], inputs["labels"]))
+    torch.testing.assert_close(loss(**inputs), expected + by_anchor(loss, inputs["pixels"], torch.tensor([2, 0, 2])))
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def test_the_loss_of_scenes_covers_names_captions_and_wrong_captions(loss, token
     texts = torch.cat([loss.names[0, [1]], captions])
     logits = logits_over(loss, inputs["pixels"], texts)
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, torch.tensor([0, 1, 2]))
-    torch.testing.assert_close(loss(**inputs), expected + by_anchor(loss, inputs["pixels"][:1], inputs["labels"][:1]))
+    torch.testing.assert_close(loss(**inputs), expected + by_anchor(loss, inputs["pixels"][:1], torch.tensor([1])))
 
 
 @torch.no_grad()

@@ -42,6 +42,11 @@ class PretrainOptions:
     clip_batch_size: int = field(default=48, metadata={"help": "Images per step of the built-in CLIP."})
     clip_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
     clip_scene_share: float = field(default=0.15, metadata={"help": "Share of rendered scenes in a batch of the built-in CLIP."})
+    clip_cutmix: float = field(default=0.5, metadata={"help": "Share of the batches whose photographs are mixed by CutMix."})
+    clip_weights: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a built-in CLIP whose weights the training starts from. Default: random weights."},
+    )
     score_steps: int = field(default=500, metadata={"help": "Steps between two scores of the built-in CLIP on held-out images."})
     mixed_precision: str = field(
         default="no", metadata={"help": "'no' or 'bf16', which is 1.6 times as fast on CPUs that support it."}
@@ -56,6 +61,8 @@ class PretrainOptions:
         for name in ("scene_share", "clip_scene_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.clip_cutmix <= 1:
+            raise ValueError(f"clip_cutmix must be in [0, 1], got {self.clip_cutmix}.")
 
 
 def parse_pretrain_options(arguments: Sequence[str] | None = None) -> PretrainOptions:

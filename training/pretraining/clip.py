@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from pipelines import mini_clip
 from pipelines.corpus import Corpus, corpus_scenes, join, part, rendered_corpus, split_held_out, to_pixels
-from pipelines.mini_clip_data import altered, augment, sample_parts
+from pipelines.mini_clip_data import altered, augment, mix_classes, sample_parts
 from pipelines.mini_clip_loss import ClassNameLoss
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
 from pipelines.mini_sdxl import PROMPT_WORDS, RESOLUTION, reduced_tokenizer
@@ -91,7 +91,7 @@ class ClipBatches:
     """The batches of the training; batch k depends only on the seed and k."""
 
     def __init__(self, options: PretrainOptions, data: ClipData) -> None:
-        self.data, self.count = data, options.clip_batch_size
+        self.data, self.count, self.cutmix = data, options.clip_batch_size, options.clip_cutmix
         self.sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
         self.tokens_of = lru_cache(maxsize=100_000)(self._tokens_of)
 
@@ -109,9 +109,11 @@ class ClipBatches:
             scene = self.data.scenes[chosen[row]]
             scenes = [scene, *(altered(scene, parts, rng) for _ in range(WRONG_CAPTIONS))]
             captions[row] = torch.stack([self.tokens_of(prefix + other.describe(parts)) for other in scenes])
+        pixels = augment(pixels, labels.numpy() >= 0, rng)
+        pixels, classes = mix_classes(pixels, labels, len(self.data.names), self.cutmix, rng)
         return {
-            "pixels": augment(pixels, labels.numpy() >= 0, rng),
-            "labels": labels,
+            "pixels": pixels,
+            "classes": classes,
             "template": torch.full((self.count,), int(rng.integers(len(mini_clip.TEMPLATES)))),
             "captions": captions[:, 0],
             "wrong": captions[:, 1:],
@@ -124,11 +126,19 @@ def model_folder(options: PretrainOptions) -> Path:
 
 
 def new_loss(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
-    """Write the configuration; returns the loss with the untrained model."""
+    """Write the configuration; returns the loss with the model before training.
+
+    The weights are random, or those in `options.clip_weights`. The anchors then start at the texts of the class names.
+    """
     with PartialState().main_process_first():
         mini_clip.write_configuration(model_folder(options), data.tokenizer)
     torch.manual_seed(options.seed)
-    return ClassNameLoss(mini_clip.new_model(model_folder(options)), mini_clip.class_tokens(data.tokenizer, data.names))
+    names = mini_clip.class_tokens(data.tokenizer, data.names)
+    if options.clip_weights is None:
+        return ClassNameLoss(mini_clip.new_model(model_folder(options)), names)
+    loss = ClassNameLoss(mini_clip.load_model(Path(options.clip_weights)), names)
+    loss.anchors.data.copy_(mini_clip.zero_shot_weights(loss.model, names))
+    return loss.train()
 
 
 def decayed_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
