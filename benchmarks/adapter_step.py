@@ -11,7 +11,8 @@ can be faster than the block without one.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -21,6 +22,7 @@ from torch import nn
 from nora_vision import NoraConfig
 
 WIDTH = 1280
+WARM_UP = 2
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -33,9 +35,9 @@ def adapter_configs(r: int, inner_r: int, target_modules: list[str]) -> dict[str
     }
 
 
-def saved_bytes(layer: nn.Module, x: torch.Tensor, **inputs: torch.Tensor) -> int:
-    """Bytes that `layer` saves for backward at input `x` (..., tokens, width), without its parameters and buffers."""
-    parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that `run()` saves for backward, without the parameters and buffers of `model`."""
+    parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,8 +48,33 @@ def saved_bytes(layer: nn.Module, x: torch.Tensor, **inputs: torch.Tensor) -> in
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x, **inputs)
+        run()
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of `run()`, with all work that it gives to a GPU."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def medians_in_turns(steps: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The median seconds of each step, which returns its own, over `repeats` calls after `WARM_UP` more.
+
+    The steps take turns, so that other load affects all alike, in alternating order, so that none always benefits from another's
+    warm caches.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + WARM_UP):
+        for name in sorted(steps, reverse=bool(repeat % 2)):
+            elapsed = steps[name]()
+            if repeat >= WARM_UP:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def compare_saved_bytes(tokens: int, r: int, inner_r: int, device: str) -> dict[str, int]:
@@ -57,7 +84,8 @@ def compare_saved_bytes(tokens: int, r: int, inner_r: int, device: str) -> dict[
     for name, config in adapter_configs(r, inner_r, ["0"]).items():
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).to(device)
         hidden = norm(torch.randn(tokens, WIDTH, device=device, requires_grad=True))
-        results[name] = saved_bytes(inject_adapter_in_model(config, model)[0], hidden)
+        layer = inject_adapter_in_model(config, model)[0]
+        results[name] = saved_bytes(layer, lambda layer=layer, hidden=hidden: layer(hidden))
     return results
 
 
@@ -74,15 +102,10 @@ def training_step(config: PeftConfig | None, tokens: int, device: str, dtype: to
     # The block's input needs gradients, as inside a UNet with adapters in earlier blocks.
     x = torch.randn(1, tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
     context = torch.randn(1, 77, 2048, device=device, dtype=dtype)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def step() -> float:
         """Seconds of one step."""
-        synchronize()
-        start = time.perf_counter()
-        block(x, encoder_hidden_states=context).square().mean().backward()
-        synchronize()
-        seconds = time.perf_counter() - start
+        seconds = timed(lambda: block(x, encoder_hidden_states=context).square().mean().backward())
         x.grad = None
         block.zero_grad()
         return seconds
@@ -107,14 +130,8 @@ def main() -> None:
 
     configs = {**adapter_configs(options.r, options.inner_r, PROJECTIONS), "none": None}
     steps = {n: training_step(c, options.tokens, options.device, getattr(torch, options.dtype)) for n, c in configs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(options.steps + 2):
-        # In alternating order, so that none always benefits from another's warm caches.
-        for name in sorted(steps, reverse=bool(repeat % 2)):
-            elapsed = steps[name]()
-            if repeat >= 2:
-                seconds[name].append(elapsed)
-    lora, nora, without = (statistics.median(seconds[name]) for name in ("LoRA", "NoRA", "none"))
+    seconds = medians_in_turns(steps, options.steps)
+    lora, nora, without = (seconds[name] for name in ("LoRA", "NoRA", "none"))
     setting = f"{options.tokens} tokens, {options.device}, {options.dtype}, medians of {options.steps}"
     print(f"Training step of one SDXL transformer block ({setting}):")
     print(f"  LoRA {lora * 1e3:.1f} ms, NoRA {nora * 1e3:.1f} ms: ratio {nora / lora:.3f}")

@@ -10,13 +10,13 @@ parameters. Both take turns in one process.
 # ruff: noqa: T201 - a benchmark prints its results
 import argparse
 import copy
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from adapter_step import medians_in_turns, saved_bytes, timed
 from torch import nn
 
 from pipelines import adapter_files
@@ -40,7 +40,6 @@ CLASSES = (
     "zebra",
     "red brick wall",
 )
-WARM_UP = 2
 
 
 class Task:
@@ -68,36 +67,17 @@ class Task:
 
     def step(self) -> float:
         """One training step; returns its seconds."""
-        synchronize = torch.cuda.synchronize if self.pixels.is_cuda else lambda: None
-        synchronize()
-        began = time.perf_counter()
+        return timed(self._step)
+
+    def _step(self) -> None:
         self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        synchronize()
-        return time.perf_counter() - began
 
     @torch.no_grad()
     def features(self, clip: Clip) -> torch.Tensor:
         """The features of the images and prompts by `clip`: (images + classes, d)."""
         return torch.cat([clip.encode_images(self.pixels), clip.encode_texts(self.tokens)]).cpu()
-
-
-def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
-    """Bytes that `run()` saves for backward, without the parameters and buffers of `model`."""
-    parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        """Record the storage of a tensor that autograd saves."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameter_storage:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for storage in saved.values())
 
 
 def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -138,16 +118,15 @@ def _largest_difference(first: nn.Module, second: nn.Module) -> float:
     return max((one.cpu() - other.cpu()).abs().max().item() for one, other in pairs)
 
 
-def compare(tasks: dict[str, Task], steps: int) -> dict[str, tuple[float, int]]:
-    """Median seconds of a step and bytes saved for backward, by adapter; both take turns, so that other load affects both."""
-    bytes_of = {name: saved_bytes(task.clip.model, task.loss) for name, task in tasks.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for repeat in range(steps + WARM_UP):
-        for name in sorted(tasks, reverse=bool(repeat % 2)):
-            elapsed = tasks[name].step()
-            if repeat >= WARM_UP:
-                seconds[name].append(elapsed)
-    return {name: (statistics.median(seconds[name]), bytes_of[name]) for name in tasks}
+def tasks_on(base: Clip, options: argparse.Namespace, folder: Path) -> dict[str, Task]:
+    """The tasks of both adapters on random images; statistics are cached in `folder`."""
+    pixels = torch.randn(options.batch_size, 3, *base.model.visual.image_size, device=options.device)
+    labels = torch.arange(options.batch_size, device=options.device) % len(CLASSES)
+    adapted = {
+        "NoRA": AdapterOptions(method="nora", rank=options.rank, inner_r=options.inner_r),
+        "LoRA": AdapterOptions(method="lora", rank=options.lora_rank),
+    }
+    return {name: Task(base, method, pixels, labels, folder / name) for name, method in adapted.items()}
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -169,32 +148,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     torch.manual_seed(0)
     base = load_clip(options.model, "random", options.device)
-    pixels = torch.randn(options.batch_size, 3, *base.model.visual.image_size, device=options.device)
-    labels = torch.arange(options.batch_size, device=options.device) % len(CLASSES)
-    adapted = {
-        "NoRA": AdapterOptions(method="nora", rank=options.rank, inner_r=options.inner_r),
-        "LoRA": AdapterOptions(method="lora", rank=options.lora_rank),
-    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tasks = {name: Task(base, method, pixels, labels, folder / name) for name, method in adapted.items()}
+        tasks = tasks_on(base, options, folder)
         tasks["NoRA"].step()
         weights = sum(parameter.numel() for parameter in base.model.parameters())
         print(f"{options.model}, {weights / 1e6:.0f} M random weights, after one step; largest difference of a feature:")
         for form, difference in round_trip(tasks["NoRA"], base, options, folder).items():
             print(f"  {form}: {difference:.1e}")
-        results = compare(tasks, options.steps)
+        saved = {name: saved_bytes(task.clip.model, task.loss) for name, task in tasks.items()}
+        seconds = medians_in_turns({name: task.step for name, task in tasks.items()}, options.steps)
     setting = f"{options.batch_size} images, {len(CLASSES)} prompts, {options.device}, medians of {options.steps}"
     print(f"A training step ({setting}):")
-    for name, (seconds, saved) in results.items():
-        numbers, start = tasks[name].num_trainable_parameters, tasks[name].initialisation_seconds
+    for name, task in tasks.items():
         print(
-            f"  {name}: {numbers} trainable parameters, {seconds * 1e3:.0f} ms, {saved / 2**20:.1f} MiB saved for backward, "
-            f"initialised in {start:.1f} s"
+            f"  {name}: {task.num_trainable_parameters} trainable parameters, {seconds[name] * 1e3:.0f} ms, "
+            f"{saved[name] / 2**20:.1f} MiB saved for backward, initialised in {task.initialisation_seconds:.1f} s"
         )
-    (nora, nora_bytes), (lora, lora_bytes) = results["NoRA"], results["LoRA"]
     ratio = tasks["LoRA"].num_trainable_parameters / tasks["NoRA"].num_trainable_parameters
-    costs = f"time {nora / lora:.3f} and memory {nora_bytes / lora_bytes:.3f} of LoRA's"
+    time_ratio, memory_ratio = (each["NoRA"] / each["LoRA"] for each in (seconds, saved))
+    costs = f"time {time_ratio:.3f} and memory {memory_ratio:.3f} of LoRA's"
     print(f"  NoRA trains {ratio:.1f} times fewer parameters; {costs}")
 
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from adapter_step import PROJECTIONS, WIDTH, saved_bytes
+from adapter_step import PROJECTIONS, WIDTH, medians_in_turns, saved_bytes, timed
 from diffusers.models.attention import BasicTransformerBlock
 from tqdm.auto import tqdm
 
@@ -121,16 +119,14 @@ class AdaptedBlock:
 
     def step(self) -> float:
         """Seconds of one forward and backward pass."""
-        start = time.perf_counter()
-        self.output().square().mean().backward()
-        seconds = time.perf_counter() - start
+        seconds = timed(lambda: self.output().square().mean().backward())
         self.x.grad = None
         self.block.zero_grad()
         return seconds
 
     def saved(self) -> int:
         """Bytes that autograd keeps for the backward pass."""
-        return saved_bytes(self.block, self.x, encoder_hidden_states=self.context)
+        return saved_bytes(self.block, self.output)
 
     def disturb(self) -> None:
         """Change every trained parameter, in place of training."""
@@ -159,18 +155,12 @@ class AdaptedBlock:
 def measure(name: str, setting: Setting, reference: AdaptedBlock, frozen: AdaptedBlock, folder: Path) -> Measured:
     """Measure one method; its steps and those of `reference` take turns."""
     adapted = AdaptedBlock(setting, name, folder / f"{name}.safetensors")
-    seconds: dict[str, list[float]] = {"reference": [], "adapted": []}
-    sides: dict[str, Callable[[], float]] = {"reference": reference.step, "adapted": adapted.step}
-    for repeat in range(setting.steps + 1):
-        # In alternating order, so that neither always benefits from the other's warm caches; the first turns are not counted.
-        for side in sorted(sides, reverse=bool(repeat % 2)):
-            seconds[side].append(sides[side]())
-    step, of_reference = (statistics.median(seconds[side][1:]) for side in ("adapted", "reference"))
+    seconds = medians_in_turns({"reference": reference.step, "adapted": adapted.step}, setting.steps)
     parameters = sum(parameter.numel() for parameter in trained_parameters({"block": adapted.block}))
     saved = adapted.saved() - frozen.saved()
     adapted.disturb()
     file = adapted.file_bytes(folder / name)
-    return Measured(parameters, file, saved, *adapted.lora_file(), step / of_reference)
+    return Measured(parameters, file, saved, *adapted.lora_file(), seconds["adapted"] / seconds["reference"])
 
 
 def measured(setting: Setting, names: list[str]) -> str:

@@ -44,6 +44,17 @@ BETWEEN = "everything else"
 SAMPLING_INTERVAL_S = 0.02
 DRAWS = 4
 VOCABULARY = 49408
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The configurations of an SDXL model: its UNet, both text encoders, and the autoencoder."""
+
+    unet: dict[str, Any]
+    text_encoders: tuple[dict[str, int], dict[str, int]]
+    autoencoder: dict[str, Any]
+
+
 UNET = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -71,6 +82,26 @@ AUTOENCODER = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
+TRUE_SIZE = Shapes(UNET, TEXT_ENCODERS, AUTOENCODER)
+# The same layout, a hundredth as wide.
+TINY_UNET = {
+    "block_out_channels": (8, 16, 24),
+    "norm_num_groups": 4,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 3),
+    "cross_attention_dim": 40,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+TINY_TEXT_ENCODER = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = Shapes(
+    UNET | TINY_UNET,
+    (
+        TINY_TEXT_ENCODER | {"hidden_size": 16, "projection_dim": 16},
+        TINY_TEXT_ENCODER | {"hidden_size": 24, "projection_dim": 24},
+    ),
+    AUTOENCODER | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
+)
 
 
 @dataclass
@@ -186,11 +217,11 @@ class Phases:
 
 
 @torch.no_grad()
-def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """The model that `make` returns, in `dtype`, with random weights that preserve the scale of activations."""
+def random_model(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The model that `make` returns, in `dtype` on `device`, with random weights that preserve the scale of activations."""
     with torch.device("meta"):
         model = make()
-    model = model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -206,22 +237,24 @@ def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module
     return model
 
 
-def true_size_pipeline(dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """A pipeline with SDXL's shapes, random weights and the tokenizers of the built-in model."""
+def random_pipeline(
+    dtype: torch.dtype, shapes: Shapes = TRUE_SIZE, device: torch.device | str = "cpu"
+) -> StableDiffusionXLPipeline:
+    """A pipeline of SDXL with `shapes`, random weights and the tokenizers of the built-in model."""
     torch.manual_seed(0)
     tokenizers = [CLIPTokenizer.from_pretrained(BUILT_IN_MODEL / name) for name in ("tokenizer", "tokenizer_2")]
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     encoders = [
-        random_model(partial(kind, text_config(shape, tokenizer)), dtype)
-        for kind, shape, tokenizer in zip(classes, TEXT_ENCODERS, tokenizers, strict=True)
+        random_model(partial(kind, text_config(shape, tokenizer)), dtype, device)
+        for kind, shape, tokenizer in zip(classes, shapes.text_encoders, tokenizers, strict=True)
     ]
     pipeline = StableDiffusionXLPipeline(
-        vae=random_model(partial(AutoencoderKL, **AUTOENCODER), dtype),
+        vae=random_model(partial(AutoencoderKL, **shapes.autoencoder), dtype, device),
         text_encoder=encoders[0],
         text_encoder_2=encoders[1],
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
-        unet=random_model(partial(UNet2DConditionModel, **UNET), dtype),
+        unet=random_model(partial(UNet2DConditionModel, **shapes.unet), dtype, device),
         scheduler=EulerDiscreteScheduler.from_pretrained(BUILT_IN_MODEL / "scheduler"),
         add_watermarker=False,
     )
@@ -281,10 +314,11 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="training steps; the adapter is saved after the last")
+    parser.add_argument("--tiny", action="store_true", help="a hundredth of the width, to test this program")
     options = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     began = time.perf_counter()
-    pipeline = true_size_pipeline(dreambooth_nora.WEIGHT_DTYPES[options.dtype])
+    pipeline = random_pipeline(dreambooth_nora.WEIGHT_DTYPES[options.dtype], TINY if options.tiny else TRUE_SIZE)
     print(f"Created the model in {time.perf_counter() - began:.0f} s.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         flags = {

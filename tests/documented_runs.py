@@ -111,24 +111,10 @@ SHORT_PROGRAMS = {
     "benchmarks/output_errors.py": "--ranks 4",
     "benchmarks/small_adapter.py": "--layers 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
-    "benchmarks/true_size.py": SMALL_RANKS,
+    "benchmarks/true_size.py": f"--tiny {SMALL_RANKS}",
 }
 # Instead of a value that only a large model or much time can use; where the flag is given.
 INSTEAD = {"--resolution": "16", "--rank": "4", "--inner_r": "2", "--num_class_images": "1", "--stop_text_encoder_training": "1"}
-# SDXL's true shapes, a hundredth as wide.
-TINY_SHAPES = {
-    "UNET": {
-        "block_out_channels": (8, 16, 24),
-        "norm_num_groups": 4,
-        "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (1, 2, 3),
-        "cross_attention_dim": 40,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 24 + 6 * 8,
-    },
-    "TEXT_ENCODERS": {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "AUTOENCODER": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
-}
 
 
 class UnknownCommandError(Exception):
@@ -310,18 +296,6 @@ def _ending_well(program: Callable[[], object]) -> None:
         raise RuntimeError(f"The command ended with the exit code {code}.")
 
 
-def small_shapes(workspace: Workspace, benchmark: object) -> None:
-    """SDXL in little."""
-    for name, values in TINY_SHAPES.items():
-        shapes = getattr(benchmark, name)
-        if name == "TEXT_ENCODERS":
-            widths = ({"hidden_size": width, "projection_dim": width} for width in (16, 24))
-            smaller = tuple({**one, **values, **width} for one, width in zip(shapes, widths, strict=True))
-        else:
-            smaller = {**shapes, **values}
-        workspace.patch.setattr(benchmark, name, smaller)
-
-
 def small_matrices(workspace: Workspace, benchmark: object) -> None:
     """One small matrix in place of SDXL's."""
     for name in ("compare_on_one_matrix", "compare_precisions"):
@@ -377,7 +351,6 @@ SMALLER = {
     "benchmarks/methods.py": tables_of_a_copy,
     "benchmarks/output_errors.py": tiny_unet,
     "benchmarks/trainer_speed.py": only_parsed,
-    "benchmarks/true_size.py": small_shapes,
 }
 
 

@@ -3,13 +3,13 @@
 import json
 import re
 
+import clip_step
 import open_clip
 import pytest
 import torch
 from tiny_clip import CONFIG
 from torch import nn
 
-from benchmarks import clip_step
 from pipelines.fewshot import export
 
 OPTIONS = ["--device", "cpu", "--steps", "2", "--rank", "4", "--inner_r", "1", "--formats"]
