@@ -101,7 +101,9 @@ class LabelledClasses:
         shots, added = values.get("data", {}).get("shots", [ALL]), {"data": self.data_options()}
         if "shots" not in chosen.get("data", {}):
             # Numbers of images per class that every class has, besides those for validation.
-            shots = [one for one in shots if one == ALL or int(one) + min(int(one), MOST_VALIDATION) <= self.fewest] or [ALL]
+            number = values.get("data", {}).get("num_validation_images")
+            needed = {one: int(one) + (number or min(int(one), MOST_VALIDATION)) for one in shots if one != ALL}
+            shots = [one for one in shots if needed.get(one, 0) <= self.fewest] or [ALL]
             added["data"]["shots"] = shots
         is_bounded = "model" not in values.get("model", {}) and "iterations_per_shot" not in chosen.get("optimisation", {})
         if is_bounded and shots == [ALL] and BUILT_IN_ITERATIONS * self.fewest > MOST_STEPS:

@@ -21,9 +21,11 @@ from pipelines.lazy_modules import torch
 from pipelines.randomness import keyed_generator
 
 Shots = int | Literal["all"]
-# Largest number of validation images per class.  [Zhou et al. 2022, CoOp's code]
+# Largest number of validation images per class, unless a number is given.  [Zhou et al. 2022, CoOp's code]
 MOST_VALIDATION = 4
 TEST_STREAM, SHOT_STREAM = 0, 1
+# Key of a split file.
+NUM_VALIDATION = "num_validation_images"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class FewShotSplit:
         test_share: share of the images used as test images; None if the dataset defines a split.
         keys: of the classes, as `LabelledSet.keys`.
         names: names and labels of the images of each part, class by class.
+        num_validation: validation images per class; None for the default.
     """
 
     shots: Shots
@@ -43,11 +46,15 @@ class FewShotSplit:
     test_share: float | None
     keys: tuple[str, ...]
     names: Mapping[Part, tuple[tuple[str, int], ...]]
+    num_validation: int | None = None
 
     def content(self) -> dict[str, Any]:
         """The saved content without the hash; the entries of each part are [name, label, class key], as in CoOp's split files."""
         parts = {part: [[name, label, self.keys[label]] for name, label in self.names[part]] for part in PARTS}
-        return {"shots": self.shots, "seed": self.seed, "test_share": self.test_share, "keys": list(self.keys)} | parts
+        # Left out by default, so that the hash is that of earlier versions.
+        number = {} if self.num_validation is None else {NUM_VALIDATION: self.num_validation}
+        sampling = {"shots": self.shots, "seed": self.seed, "test_share": self.test_share}
+        return sampling | number | {"keys": list(self.keys)} | parts
 
     @property
     def sha256(self) -> str:
@@ -65,8 +72,10 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: float = 0.3) -> FewShotSplit:
-    """Sample `shots` training images and at most min(shots, 4) validation images of each class.
+def sample_split(
+    labelled: LabelledSet, shots: Shots, seed: int, test_share: float = 0.3, num_validation: int | None = None
+) -> FewShotSplit:
+    """Sample `shots` training images, and `num_validation` or else at most min(shots, 4) validation images of each class.
 
     If the dataset defines a split, images are sampled within its parts; without a validation part, validation images are sampled
     from the training part. Otherwise `test_share` of each class are test images, which do not depend on the seed.
@@ -77,24 +86,29 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
     Args:
         shots: at least 1, or "all".
         test_share: between 0 and 1.
+        num_validation: at least 1; every class must then have so many.
     Raises: InputError naming the classes without training images, or the class with too few images.
     """
-    _check_sizes(labelled, shots, test_share)
+    _check_sizes(labelled, shots, test_share, num_validation)
     _check_learnable(labelled)
     names: dict[Part, list[tuple[str, int]]] = {part: [] for part in PARTS}
     for label, class_names in _by_class(labelled):
-        class_parts = _sample_class(labelled, label, class_names, shots, seed, test_share)
+        by_part = _class_by_part(labelled, labelled.keys[label], class_names, test_share)
+        class_parts = _sample_class(labelled, labelled.keys[label], by_part, shots, seed, num_validation)
         for part in PARTS:
             names[part] += [(name, label) for name in class_parts[part]]
     if not names["test"]:
         raise InputError(f"{labelled.name} has no test images: its split has only training images. Add a part test.")
     share = None if labelled.parts else test_share
-    return FewShotSplit(shots, seed, share, labelled.keys, {part: tuple(listed) for part, listed in names.items()})
+    by_part = {part: tuple(listed) for part, listed in names.items()}
+    return FewShotSplit(shots, seed, share, labelled.keys, by_part, num_validation)
 
 
-def _check_sizes(labelled: LabelledSet, shots: Shots, test_share: float) -> None:
+def _check_sizes(labelled: LabelledSet, shots: Shots, test_share: float, num_validation: int | None) -> None:
     if shots != "all" and shots < 1:
         raise InputError(f"shots must be 1 or more, or all, got {shots}.")
+    if num_validation is not None and num_validation < 1:
+        raise InputError(f"num_validation_images must be at least 1, got {num_validation}.")
     if not labelled.parts and not 0 < test_share < 1:
         raise InputError(f"test_share must be between 0 and 1, got {test_share}.")
 
@@ -137,32 +151,49 @@ def _by_class(labelled: LabelledSet) -> Iterator[tuple[int, list[str]]]:
 
 
 def _sample_class(
-    labelled: LabelledSet, label: int, names: list[str], shots: Shots, seed: int, test_share: float
+    labelled: LabelledSet,
+    key: str,
+    by_part: Mapping[Part, list[str]],
+    shots: Shots,
+    seed: int,
+    num_validation: int | None,
 ) -> dict[Part, list[str]]:
-    """The names of one class's images in each part, sampled from all its `names`."""
-    key = labelled.keys[label]
-    by_part = _class_by_part(labelled, key, names, test_share)
-    wanted = MOST_VALIDATION if shots == "all" else min(shots, MOST_VALIDATION)
+    """The names of the images of class `key` in each part, sampled from all its names in `by_part`."""
+    wanted = num_validation or (MOST_VALIDATION if shots == "all" else min(shots, MOST_VALIDATION))
     pool = _shuffled(by_part["train"], SHOT_STREAM, key, seed)
     if "val" in labelled.parts.values():
         from_pool, validation = 0, _shuffled(by_part["val"], SHOT_STREAM, key, seed)[:wanted]
+        _check_validation(labelled, key, len(validation), num_validation)
     else:
-        from_pool = min(wanted, max(1, len(pool) // 2)) if shots == "all" else wanted
+        is_bounded = shots == "all" and num_validation is None
+        from_pool = min(wanted, max(1, len(pool) // 2)) if is_bounded else wanted
         # From the end, so that the training images of fewer shots are a subset of those of more.
         validation = pool[-from_pool:]
     trained = max(1, len(pool) - from_pool) if shots == "all" else shots
     if len(pool) < trained + from_pool:
         needed = f"{trained} training and {from_pool} validation images" if from_pool else f"{trained} training images"
-        present = f"{counted(len(pool))} {'in the part train' if labelled.parts else 'besides the test images'}"
-        raise InputError(
-            f"Class {key!r} of {labelled.name} must have {needed}, got {present}. Add images to it, or "
-            f"{_other_remedy(labelled, shots)}."
-        )
+        remedy = _other_remedy(labelled, shots, from_pool if num_validation else 0)
+        raise _too_few(labelled, key, needed, len(pool), remedy)
     return {"train": pool[:trained], "val": validation, "test": by_part["test"]}
 
 
-def _other_remedy(labelled: LabelledSet, shots: Shots) -> str:
-    """The remedy, besides more images, for a class with too few images for `shots`."""
+def _too_few(labelled: LabelledSet, key: str, needed: str, count: int, remedy: str) -> InputError:
+    present = f"{counted(count)} {'in the part train' if labelled.parts else 'besides the test images'}"
+    return InputError(f"Class {key!r} of {labelled.name} must have {needed}, got {present}. Add images to it, or {remedy}.")
+
+
+def _check_validation(labelled: LabelledSet, key: str, count: int, num_validation: int | None) -> None:
+    if num_validation is not None and count < num_validation:
+        raise InputError(
+            f"Class {key!r} of {labelled.name} must have {num_validation} validation images, got {counted(count)} in the part "
+            "val. Add images to it, or lower --num_validation_images."
+        )
+
+
+def _other_remedy(labelled: LabelledSet, shots: Shots, num_validation: int) -> str:
+    """The remedy, besides more images, for a class with too few images for `shots` and, if given, `num_validation`."""
+    if num_validation > 1:
+        return "lower --num_validation_images"
     if shots != "all" and shots > 1:
         return "use fewer shots"
     return "remove the class" if labelled.parts else "remove the class, or lower --test_share"
@@ -215,21 +246,30 @@ def load_split(path: Path, labelled: LabelledSet) -> FewShotSplit:
                     f"{what} lists {name!r} of class {key!r}, but {labelled.name} has no such image. Restore the image, or "
                     "delete the file to sample a new split."
                 )
-    return FewShotSplit(content["shots"], content["seed"], content["test_share"], labelled.keys, names)
+    settings = (content["shots"], content["seed"], content["test_share"])
+    return FewShotSplit(*settings, labelled.keys, names, content.get(NUM_VALIDATION))
 
 
-def saved_split(path: Path, labelled: LabelledSet, shots: Shots, seed: int, test_share: float = 0.3) -> FewShotSplit:
+def saved_split(
+    path: Path,
+    labelled: LabelledSet,
+    shots: Shots,
+    seed: int,
+    test_share: float = 0.3,
+    num_validation: int | None = None,
+) -> FewShotSplit:
     """The split saved at `path`; if there is none, one is sampled and saved first.
 
     Raises: InputError if the saved split was sampled with other settings.
     """
     if not path.exists():
-        save_split(sample_split(labelled, shots, seed, test_share), path)
+        save_split(sample_split(labelled, shots, seed, test_share, num_validation), path)
     split = load_split(path, labelled)
-    requested = (shots, seed, None if labelled.parts else test_share)
-    settings = (split.shots, split.seed, split.test_share)
+    requested = (shots, seed, None if labelled.parts else test_share, num_validation)
+    settings = (split.shots, split.seed, split.test_share, split.num_validation)
     if settings != requested:
         raise InputError(
-            f"shots, seed and test_share must be {settings} as in the split {str(path)!r}, got {requested}. Use another file."
+            f"shots, seed, test_share and num_validation_images must be {settings} as in the split {str(path)!r}, got "
+            f"{requested}. Use another file."
         )
     return split

@@ -151,9 +151,40 @@ def test_a_split_is_sampled_once_and_then_read(tmp_path):
     assert saved["sha256"] == first.sha256
     assert saved["train"][0] == [*first.names["train"][0], "a"]
     assert len(list((tmp_path / "deep").iterdir())) == 1
-    for asked in ((2, 1), (4, 2), (4, 1, 0.5)):
-        with pytest.raises(InputError, match=r"must be \(4, 1, 0\.3\) as in .*split\.json', got"):
+    for asked in ((2, 1), (4, 2), (4, 1, 0.5), (4, 1, 0.3, 5)):
+        with pytest.raises(InputError, match=r"must be \(4, 1, 0\.3, None\) as in .*split\.json', got"):
             saved_split(tmp_path / "deep" / "split.json", PLAIN, *asked)
+
+
+@pytest.mark.parametrize("labelled", [PLAIN, OFFICIAL, WITHOUT_VAL])
+@pytest.mark.parametrize("shots", [1, 4, "all"])
+def test_each_class_has_the_given_number_of_validation_images(labelled, shots, tmp_path):
+    split = saved_split(tmp_path / "split.json", labelled, shots, seed=1, num_validation=7)
+    default = sample_split(labelled, shots, seed=1)
+    assert set(counts_of(split)["val"]) == {7}
+    assert split.names["test"] == default.names["test"]
+    assert set(default.names["val"]) < set(split.names["val"])
+    if shots != "all":
+        assert split.names["train"] == default.names["train"]
+    assert load_split(tmp_path / "split.json", labelled) == split
+    assert "num_validation_images" not in default.content()
+    for other in (None, 6):
+        with pytest.raises(InputError, match=r"must be \(.*, 7\) as in .*, got \("):
+            saved_split(tmp_path / "split.json", labelled, shots, seed=1, num_validation=other)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "shots", "number", "message"),
+    [
+        (PLAIN, 4, 18, r"'b' .* 4 training and 18 validation images, got 21 .* or lower --num_validation_images"),
+        (PLAIN, "all", 21, r"'b' .* 1 training and 21 validation images, got 21 .* or lower --num_validation_images"),
+        (OFFICIAL, 1, 9, r"'a' of the set must have 9 validation images, got 8 images in the part val"),
+        (PLAIN, 1, 0, r"num_validation_images must be at least 1, got 0"),
+    ],
+)
+def test_a_class_with_fewer_validation_images_than_given_is_named(labelled, shots, number, message):
+    with pytest.raises(InputError, match=message):
+        sample_split(labelled, shots, 0, num_validation=number)
 
 
 @pytest.mark.parametrize("shots", [2, "all"])

@@ -26,8 +26,9 @@ from pipelines.fewshot.sources import ImageBytes
 from pipelines.scenes import render, sample_scene
 from training import fewshot_nora
 from training.fewshot.prediction_file import prediction_file
-from training.fewshot.report import phases
+from training.fewshot.report import below_zero_shot, phases
 from training.fewshot.trials import Trial, largest_within_error
+from training.fewshot.validation import FittingClock
 from training.fewshot_nora import main
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
 from training.runs.card_text import as_text
@@ -54,7 +55,7 @@ def options_for(model, folders, output, *more):
 def finished(random_clip, class_folders, tmp_path_factory):
     """A run of four methods at two shots, two seeds."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    main(options_for(random_clip, class_folders, output, *FOUR))
+    main(options_for(random_clip, class_folders, output, *FOUR, "--validation_steps", "2"))
     return output
 
 
@@ -195,6 +196,46 @@ def test_nora_trains_fewer_parameters_than_lora_and_all_are_counted(finished):
     numbers = {method: trial(finished, method)["num_trainable_parameters"] for method in ("zeroshot", "nora", "lora")}
     # Three image layers, 160 wide, and two text layers, 128 wide: NoRA 2 r r' in v, LoRA 2 r width in q, k and v.
     assert numbers == {"zeroshot": 0, "nora": 5 * 2 * 4 * 2, "lora": 9 * 2 * 2 * 160 + 6 * 2 * 2 * 128}
+
+
+def test_validation_during_the_training_of_an_adapter_does_not_change_it(finished, class_folders, random_clip, tmp_path):
+    main(options_for(random_clip, class_folders, tmp_path / "run", "--shots", "2", "--seeds", "0", "--method", "lora"))
+    without, folder = trial(tmp_path / "run", "lora"), trial(finished, "lora")["folder"]
+    files = list((tmp_path / "run" / folder / "adapter").rglob("*.safetensors"))
+    assert len(files) == 2
+    for path in files:
+        assert path.read_bytes() == (finished / path.relative_to(tmp_path / "run")).read_bytes()
+    lines = [json.loads(line) for line in (finished / folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "validation_top1" in line]
+    assert [line["step"] for line in measured] == [2, 3]
+    assert measured[-1]["validation_top1"] == without["validation"]["top1"]
+    assert 0 < measured[0]["seconds"] < measured[1]["seconds"] <= trial(finished, "lora")["seconds"] + 0.01
+    assert "validation_top1" not in (tmp_path / "run" / folder / "metrics.jsonl").read_text()
+
+
+def test_the_time_of_validation_is_not_counted_as_fitting(monkeypatch):
+    times = iter([0.0, 5.0, 8.0, 9.0])
+    monkeypatch.setattr("training.fewshot.validation.monotonic", lambda: next(times))
+    clock = FittingClock()
+    with clock.paused():
+        pass
+    assert clock.seconds == 6.0
+
+
+def test_each_trial_has_the_zero_shot_accuracy_on_its_test_images_and_the_worse_ones_are_counted(finished):
+    report = report_in(finished)
+    for one in report["trials"]:
+        assert one["zero_shot_top1"] == trial(finished, "zeroshot", one["seed"])["test"]["top1"]["value"]
+    for row in report["summary"]:
+        same = [one for one in report["trials"] if one["method"] == row["method"]]
+        assert row["below_zero_shot"] == sum(one["test"]["top1"]["value"] < one["zero_shot_top1"] for one in same)
+
+
+def test_trials_of_earlier_versions_count_none_below_zero_shot(finished):
+    result = TrialResult.from_json(trial(finished, "lora"))
+    worse = replace(result, zero_shot_top1=result.test.top1.value + 0.01)
+    assert below_zero_shot([worse, replace(result, zero_shot_top1=result.test.top1.value)]) == 1
+    assert below_zero_shot([worse, replace(result, zero_shot_top1=None)]) is None
 
 
 def test_a_run_resumes_where_it_stopped(finished, class_folders, random_clip, tmp_path):
@@ -340,6 +381,9 @@ def test_the_split_of_a_dataset_is_used_and_its_gaps_are_reported(random_clip, t
     [
         (["--shots", "0"], "shots must be different numbers of at least 1, or all, got 0"),
         (["--shots", "few"], "got few"),
+        (["--num_validation_images", "0"], "num_validation_images must be at least 1, got 0"),
+        (["--max_train_steps", "0"], "max_train_steps must be at least 1, got 0"),
+        (["--validation_steps", "-1"], "validation_steps must be at least 0, got -1"),
         (["--method", "nora", "magic"], "method must be .*magic"),
         (["--seeds", "1", "1"], "seeds must be .*different"),
         (["--dataset", "mnist"], "dataset must be one of"),
@@ -396,6 +440,7 @@ def test_iterations_scale_with_shots():
     optimisation = FewShotOptions().optimisation
     assert optimisation.steps(16) == 16 * optimisation.iterations_per_shot
     assert optimisation.steps(1) == optimisation.min_train_steps
+    assert {replace(optimisation, max_train_steps=7).steps(shots) for shots in (1, 16)} == {7}
 
 
 def test_nora_has_at_most_a_tenth_of_loras_parameters_by_default():

@@ -49,6 +49,14 @@ def test_steps_prompts_intervals_and_workers_may_change(run, change):
     check_can_resume(run.path, changed(**change), 1)
 
 
+def test_the_steps_of_adapters_in_a_few_shot_run_must_not_change(tmp_path):
+    run = RunDirectory.create(tmp_path, FewShotOptions().to_dict())
+    longer = FewShotOptions()
+    longer.optimisation.max_train_steps = 7
+    with pytest.raises(InputError, match=r"max_train_steps: None before, 7 now"):
+        check_can_resume(run.path, longer.to_dict(), 1)
+
+
 def test_options_that_only_one_version_has_are_no_difference(run):
     later = changed()
     later["data"]["new"] = True

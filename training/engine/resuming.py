@@ -16,7 +16,9 @@ from training.runs.record import RunRecord
 
 # Options of outputs, the length of the training and the batch preparation, which may change.
 MAY_CHANGE_GROUPS = frozenset({"output", "validation"})
-MAY_CHANGE = frozenset({"max_train_steps", "dataloader_num_workers", "sample_batch_size"})
+MAY_CHANGE = frozenset({"dataloader_num_workers", "sample_batch_size"})
+# The same, except in a few-shot run, whose finished trials had the earlier length.
+LENGTH = "max_train_steps"
 # The group that holds the options of adapter methods.
 METHOD_GROUPS: dict[Task, str] = {"subject": "adapter", "few-shot": "method"}
 
@@ -59,7 +61,7 @@ def changed_options(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str
     """
     task = task_of(now)
     for group in sorted(before.keys() & now.keys() - MAY_CHANGE_GROUPS):
-        compared = before[group].keys() & now[group].keys() - MAY_CHANGE
+        compared = before[group].keys() & now[group].keys() - MAY_CHANGE - ({LENGTH} if task != "few-shot" else set())
         changed = {name: (before[group][name], now[group][name]) for name in compared}
         if task is not None and group == METHOD_GROUPS[task]:
             changed = {name: both for name, both in changed.items() if name not in method_flags(task)}

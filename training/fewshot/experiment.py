@@ -75,7 +75,8 @@ def check_can_split(dataset: LabelledSet, options: LabelledDataOptions) -> None:
 
     Raises: InputError naming the class with too few images, or the unreadable images.
     """
-    splits = [sample_split(dataset, *key, options.test_share) for key in split_keys(options)]
+    sampling = options.test_share, options.num_validation_images
+    splits = [sample_split(dataset, *key, *sampling) for key in split_keys(options)]
     used = {name for split in splits for part in split.names.values() for name, _ in part}
     check_readable([image for image in dataset.images if image.name in used])
 
@@ -148,7 +149,8 @@ class Experiment:
         """The images of one split, which is saved to the run's directory."""
         shots, seed = key
         path = self.folder / SPLITS / f"{shots}-shots-seed-{seed}.json"
-        return SplitImages(self, saved_split(path, self.dataset, shots, seed, self.options.test_share))
+        sampling = self.options.test_share, self.options.num_validation_images
+        return SplitImages(self, saved_split(path, self.dataset, shots, seed, *sampling))
 
     def digests(self, images: Sequence[LabelledImage]) -> dict[str, str]:
         """SHA-256 of the file of each image, by name; each file is read once."""

@@ -21,8 +21,10 @@ def estimated_seconds(options: FewShotOptions, num_classes: int, fewest: int, nu
     """
     optimisation, num_adapters, seconds = options.optimisation, len(options.method.adapters()), 0.0
     for shots in options.data.all_shots():
-        per_class = max(1, fewest - MOST_VALIDATION) if shots == ALL else shots
-        num_train, num_validation = (num_classes * each for each in (per_class, min(per_class, MOST_VALIDATION)))
+        most_validation = options.data.num_validation_images or MOST_VALIDATION
+        per_class = max(1, fewest - most_validation) if shots == ALL else shots
+        validation_per_class = options.data.num_validation_images or min(per_class, MOST_VALIDATION)
+        num_train, num_validation = num_classes * per_class, num_classes * validation_per_class
         per_step = optimisation.train_batch_size * optimisation.gradient_accumulation_steps
         seconds += num_adapters * optimisation.steps(per_class) * per_step * TRAINED
         # For the baselines, all views of the training images; all other images once for them, and once for each adapter.

@@ -105,7 +105,15 @@ def summary_of(results: Sequence[TrialResult]) -> MethodSummary:
         **{name: fmean(map(attrgetter(attribute), results)) for name, attribute in MEANS.items()},
         new_classes=over_seeds([one.top1 for one in new]) if new else None,
         harmonic_mean=fmean(one.harmonic_mean for one in new) if new else None,
+        below_zero_shot=below_zero_shot(results),
     )
+
+
+def below_zero_shot(results: Sequence[TrialResult]) -> int | None:
+    """The number of `results` that are worse on the test images than the base model; None if one does not hold its accuracy."""
+    if any(result.zero_shot_top1 is None for result in results):
+        return None
+    return sum(result.test.top1.value < result.zero_shot_top1 for result in results)
 
 
 def over_seeds(intervals: Sequence[Interval]) -> Interval:

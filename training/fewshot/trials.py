@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,10 +30,11 @@ from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT
 from training.engine.dry_run import PeakMemory
-from training.engine.loop import train, training_losses
+from training.engine.loop import Periodic, train, training_losses
 from training.fewshot.adapter_training import CalibrationBatches, loop_options, loss_and_batches, to_train
 from training.fewshot.experiment import Experiment, SplitImages
 from training.fewshot.prediction_file import prediction_file
+from training.fewshot.validation import FittingClock, ValidationCallback
 from training.options.fewshot import ALL, FewShotOptions
 from training.runs.fewshot_files import (
     NewClassesResult,
@@ -166,10 +166,7 @@ class FittedAdapter:
         Args:
             prompts: of the classes; by default those of the trained ones.
         """
-        experiment = self.split_images.experiment
-        features, _ = experiment.features(images, self.clip)
-        classes = prompt_features(self.clip, prompts or experiment.prompts, cache=experiment.cache)
-        return float(self.clip.logit_scale) * features @ classes.T
+        return adapted_logits(self.split_images.experiment, self.clip, images, prompts)
 
     def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
         """See `FittedMethod`."""
@@ -178,6 +175,19 @@ class FittedAdapter:
     def save(self, folder: Path, metadata: ClassifierFile) -> None:
         """See `FittedMethod`."""
         save_classifier(folder, metadata, adapter=self.components)
+
+
+def adapted_logits(
+    experiment: Experiment, clip: Clip, images: Sequence[LabelledImage], prompts: Prompts | None = None
+) -> torch.Tensor:
+    """The logits (n, classes) of `images` by the adapted `clip`, float32 on the CPU.
+
+    Args:
+        prompts: of the classes; by default those of the trained ones.
+    """
+    features, _ = experiment.features(images, clip)
+    classes = prompt_features(clip, prompts or experiment.prompts, cache=experiment.cache)
+    return float(clip.logit_scale) * features @ classes.T
 
 
 def largest_within_error(accuracies: Mapping[float, float], count: int) -> float:
@@ -202,9 +212,13 @@ def scale_reason(accuracies: Mapping[float, float], chosen: float, count: int) -
 
 
 def fit_adapter(
-    accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions
+    accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions, clock: FittingClock
 ) -> FittedAdapter:
-    """Train an adapter in the trial's directory, resuming from its newest checkpoint if there is one."""
+    """Train an adapter in the trial's directory, resuming from its newest checkpoint if there is one.
+
+    Args:
+        clock: of fitting; it is paused during validation.
+    """
     experiment, optimisation, adapter = images.experiment, options.optimisation, options.adapter(trial.method)
     clip = replace(experiment.clip, model=copy.deepcopy(experiment.clip.model))
     components = adapters.attach(clip, adapter, options.target_layers, trial.seed)
@@ -223,8 +237,11 @@ def fit_adapter(
     paged = options.model.quantize is not None
     trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate, paged)
     directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes, run)
+    validate = ValidationCallback(directory, images, partial(adapted_logits, experiment, clip, images.validation), clock)
+    every = options.output.validation_steps
     with directory.recording():
-        train(accelerator, directory, trainable, loop_options(options, steps, trial.seed))
+        periodic = [Periodic(every, validate)] if every else []
+        train(accelerator, directory, trainable, loop_options(options, steps, trial.seed), periodic)
     trainable.method.round_trained()
     trainable.module.eval()
     return FittedAdapter(images, clip, components, {"learning_rate": rate, "steps": steps})
@@ -239,6 +256,7 @@ class Evaluation:
     test: ClassificationMetrics
     calibrated: ClassificationMetrics
     new_classes: NewClassesResult | None
+    zero_shot_top1: float
     predictions: PredictionFile
 
 
@@ -248,19 +266,23 @@ def evaluate(fitted: FittedMethod, images: SplitImages) -> Evaluation:
     validation_labels, test_labels = (torch.tensor([one.label for one in part]) for part in (images.validation, images.test))
     validation_logits = fitted.logits(images.validation)
     temperature = fit_temperature(validation_logits, validation_labels)
-    zero_shot = float(experiment.clip.logit_scale) * experiment.features(images.validation)[0] @ experiment.class_features.T
+    zero_shot_validation, zero_shot_test = (
+        top1(experiment.features(part)[0] @ experiment.class_features.T, labels)
+        for part, labels in ((images.validation, validation_labels), (images.test, test_labels))
+    )
     logits = fitted.logits(images.test)
     test, calibrated = (score(logits, test_labels, classes, value) for value in (1.0, temperature))
     return Evaluation(
         temperature=temperature,
         validation=ValidationResult(
             top1=top1(validation_logits, validation_labels),
-            zero_shot_top1=top1(zero_shot, validation_labels),
+            zero_shot_top1=zero_shot_validation,
             count=len(images.validation),
         ),
         test=test,
         calibrated=calibrated,
         new_classes=evaluate_new_classes(fitted, images, test.top1.value) if experiment.new_prompts else None,
+        zero_shot_top1=zero_shot_test,
         predictions=prediction_file(images.test, logits, temperature, classes, experiment.digests(images.test)),
     )
 
@@ -289,21 +311,21 @@ def fit_trial(
 ) -> tuple[FittedMethod, TrialResult] | None:
     """Fit a method, evaluate it and save it; processes other than the main one take part in the training and return None.
 
-    The result's seconds and peak memory are those of fitting only: the features of the frozen encoders are computed before.
+    The result's seconds and peak memory are those of fitting only, without features of the frozen encoders and validation.
     """
     is_baseline = trial.method in baselines.BASELINES
     if is_baseline and not accelerator.is_main_process:
         return None
     task = images.task if is_baseline else None
-    began, memory = time.monotonic(), PeakMemory(accelerator.device)
+    clock, memory = FittingClock(), PeakMemory(accelerator.device)
     fitted: FittedMethod
     if task is not None:
         fitted = FittedBaseline(images, baselines.fit(trial.method, task, trial.seed))
     else:
-        fitted = fit_adapter(accelerator, run, images, trial, options)
+        fitted = fit_adapter(accelerator, run, images, trial, options, clock)
     if not accelerator.is_main_process:
         return None
-    cost = {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory.read()}
+    cost = {"seconds": round(clock.seconds, 2), "peak_memory": memory.read()}
     evaluation, folder = evaluate(fitted, images), trial.folder_in(run.path)
     fitted.save(run.path / folder, classifier_file(images.experiment, trial, fitted, evaluation.temperature, options))
     evaluation.predictions.write(run.path / folder)
@@ -322,6 +344,7 @@ def fit_trial(
         test=evaluation.test,
         calibrated=evaluation.calibrated,
         new_classes=evaluation.new_classes,
+        zero_shot_top1=evaluation.zero_shot_top1,
     )
 
 

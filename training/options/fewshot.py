@@ -14,7 +14,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.baselines import BASELINES
 from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
-from pipelines.fewshot.shots import Shots
+from pipelines.fewshot.shots import MOST_VALIDATION, Shots
 from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names, title_of
 from pipelines.option_checks import above_zero, at_least
@@ -104,6 +104,13 @@ class LabelledDataOptions:
     test_share: float = field(
         default=0.3, metadata={"help": "Share of each class held out for testing, unless the dataset has a split."}
     )
+    num_validation_images: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Validation images per class, besides the training images. Default: {MOST_VALIDATION}, and at most as many "
+            "as shots."
+        },
+    )
     base_to_new: bool = field(
         default=False,
         metadata={"help": "Train on the first half of the classes, and also test on the second half by their names alone."},
@@ -124,6 +131,7 @@ class LabelledDataOptions:
     def __post_init__(self) -> None:
         self._check_dataset()
         at_least(self, 0, "views", "dataloader_num_workers")
+        at_least(self, 1, "num_validation_images")
         if not 0 < self.test_share < 1:
             raise InputError(f"test_share must be between 0 and 1, got {self.test_share}.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -202,6 +210,13 @@ class FewShotOptimisationOptions:
         },
     )
     min_train_steps: int = field(default=100, metadata={"help": "Smallest number of optimisation steps."})
+    max_train_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimisation steps of every adapter, whatever the number of shots. Default: those of --iterations_per_shot "
+            "and --min_train_steps."
+        },
+    )
     train_batch_size: int = field(default=32, metadata={"help": "Images per batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimisation step."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: depends on the method."})
@@ -211,13 +226,14 @@ class FewShotOptimisationOptions:
     _argument_group_name = "optimisation"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "iterations_per_shot", "min_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "iterations_per_shot", "min_train_steps", "max_train_steps")
+        at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
         at_least(self, 0, "adam_weight_decay")
         above_zero(self, "learning_rate", "max_grad_norm")
 
     def steps(self, shots: int) -> int:
         """Optimisation steps for `shots` training images per class."""
-        return max(self.min_train_steps, self.iterations_per_shot * shots)
+        return self.max_train_steps or max(self.min_train_steps, self.iterations_per_shot * shots)
 
 
 @dataclass
@@ -228,11 +244,19 @@ class FewShotOutputOptions(RunOptions):
         default_factory=lambda: ["lora"],
         metadata={"help": f"Exports for other programs: {', '.join(EXPORTS)}. Default: lora, the smallest."},
     )
+    validation_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two measurements of an adapter's accuracy on the validation images during its training; 0 for "
+            "none. They change nothing else, and take time that is not counted as training."
+        },
+    )
 
     _argument_group_name = "output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, 0, "validation_steps")
         wrong = [name for name in self.export if name not in EXPORTS]
         if wrong:
             raise InputError(f"export must be any of {', '.join(EXPORTS)}, got {wrong[0]!r}.")

@@ -99,6 +99,7 @@ class TrialResult(RunFile):
         test: metrics on the test images, before calibration.
         calibrated: metrics on the test images, with `temperature`.
         new_classes: accuracy on held-out classes; None without held-out classes, or if the method cannot add classes.
+        zero_shot_top1: of the base model without training on the test images, in [0, 1]; None in files of earlier versions.
     """
 
     NAME: ClassVar[str] = "result.json"
@@ -122,6 +123,7 @@ class TrialResult(RunFile):
     test: ClassificationMetrics
     calibrated: ClassificationMetrics
     new_classes: NewClassesResult | None
+    zero_shot_top1: float | None = None
 
     @property
     def split_key(self) -> tuple[int | str, int]:
@@ -153,6 +155,8 @@ class MethodSummary:
         num_trainable_parameters, stored_bytes, seconds, peak_memory: as of `TrialResult`.
         new_classes: accuracy on held-out classes; None as of `TrialResult`.
         harmonic_mean: of the accuracies on trained and on held-out classes; None likewise.
+        below_zero_shot: number of trials whose accuracy on the test images is below that of the base model without training; None
+            in files of earlier versions.
     """
 
     shots: int | str
@@ -167,6 +171,7 @@ class MethodSummary:
     peak_memory: float
     new_classes: Interval | None = None
     harmonic_mean: float | None = None
+    below_zero_shot: int | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> MethodSummary:
