@@ -73,7 +73,7 @@ def _account(scan: FolderScan, metadata: dict[Path, MetadataFile], given: dict[P
     differing = {c.source for captions in given.values() for c in captions[1:] if c.text != captions[0].text}
     as_unused = partial(_unused_entry, metadata=metadata, differing=differing)
     entries = (entry if entry.path in sources else as_unused(entry) for entry in scan.account.entries)
-    images = {location(image) for image, _ in images_of(scan)}
+    images = {location(path) for path in [*dict(images_of(scan)), *scan.account.of_kind("excluded")]}
     notes = [*scan.account.notes, *_origins(scan, first), *_conflicts(scan.account.folder, given)]
     notes += [note for file in metadata.values() for note in file.notes(images)]
     return FolderAccount(scan.account.folder, tuple(entries), tuple(notes))

@@ -5,6 +5,7 @@ See `caption_files` for the files and their precedence. In a folder of folders, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -17,14 +18,16 @@ from pipelines.text_files import read_text
 SUBJECT_FIELD = "{subject}"
 
 
-def subject_folders(folder: str | Path, class_data_dir: str | Path | None = None) -> list[Path]:
+def subject_folders(
+    folder: str | Path, class_data_dir: str | Path | None = None, excluded_images: Sequence[str] = ()
+) -> list[Path]:
     """The folders of the subjects: `folder` itself if it contains images, else its folders that do.
 
     Args:
-        class_data_dir: as in `scan_folder`.
+        class_data_dir, excluded_images: as in `scan_folder`.
     Raises: InputError as `scan_folder`.
     """
-    return [subject.path for subject in scan_folder(folder, class_data_dir).subjects]
+    return [subject.path for subject in scan_folder(folder, class_data_dir, excluded_images).subjects]
 
 
 def subject_name(folder: Path) -> str:
@@ -33,16 +36,19 @@ def subject_name(folder: Path) -> str:
 
 
 def find_captioned(
-    folder: str | Path, instance_prompt: str | None, class_data_dir: str | Path | None = None
+    folder: str | Path,
+    instance_prompt: str | None,
+    class_data_dir: str | Path | None = None,
+    excluded_images: Sequence[str] = (),
 ) -> list[TrainingImage]:
     """The images of every subject in `folder`, sorted by subject and name, each with its prompt.
 
     Args:
         instance_prompt: of the images without a caption; `{subject}` in it becomes the name of the subject's folder.
-        class_data_dir: as in `scan_folder`.
+        class_data_dir, excluded_images: as in `scan_folder`.
     Raises: InputError naming a folder or file that cannot be used, or an image without a prompt.
     """
-    scan = scan_folder(folder, class_data_dir)
+    scan = scan_folder(folder, class_data_dir, excluded_images)
     captions = read_captions(scan).by_image
     images = []
     for path, subject in images_of(scan):
@@ -56,15 +62,20 @@ def find_captioned(
     return images
 
 
-def class_prompts(folder: str | Path, class_prompt: str | None, class_data_dir: str | Path | None = None) -> dict[str, str]:
+def class_prompts(
+    folder: str | Path,
+    class_prompt: str | None,
+    class_data_dir: str | Path | None = None,
+    excluded_images: Sequence[str] = (),
+) -> dict[str, str]:
     """The class prompt of each subject in `folder`: its folder's class_prompt.txt, or else `class_prompt`.
 
     Args:
-        class_data_dir: as in `scan_folder`.
+        class_data_dir, excluded_images: as in `scan_folder`.
     Raises: InputError naming a subject that has neither.
     """
     prompts = {}
-    for subject in scan_folder(folder, class_data_dir).subjects:
+    for subject in scan_folder(folder, class_data_dir, excluded_images).subjects:
         file = next((path for path in subject.path.iterdir() if path.name.lower() == CLASS_PROMPT), None)
         prompt = read_text(file).strip() if file is not None else class_prompt
         if not prompt:

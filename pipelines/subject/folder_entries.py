@@ -40,10 +40,11 @@ REASONS = {
     "class_folder": "Class images are read from the folder of their class, but not from folders in it.",
     "class_elsewhere": "With several classes, class images are read from one folder for each class.",
     "spare": "There are more class images than --num_class_images asks for.",
+    "excluded": "It is excluded by --excluded_images, or belongs to an image that is.",
     "system": "It is hidden, or belongs to the operating system or the web app.",
 }
 # Listed only in photos.json: they need no action, or another message names them.
-QUIET = frozenset({"system", "other_caption", "same_caption", "other_format", "spare"})
+QUIET = frozenset({"system", "other_caption", "same_caption", "other_format", "spare", "excluded"})
 
 # All entries of these kinds make one sentence, with the first one's detail as an example.
 SUMMARIZED = frozenset({"image_too_deep"})

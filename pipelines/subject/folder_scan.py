@@ -6,8 +6,8 @@ are understood: `10_sks toy` holds the subject "sks toy", and `1_toy` beside it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,17 +72,20 @@ class FolderScan:
     account: FolderAccount
 
 
-def scan_folder(folder: str | Path, class_data_dir: str | Path | None = None) -> FolderScan:
+def scan_folder(folder: str | Path, class_data_dir: str | Path | None = None, excluded_images: Sequence[str] = ()) -> FolderScan:
     """Find the subjects in `folder`, and account for everything else in it.
 
     Args:
         class_data_dir: a folder of class images, which may be in `folder` and is not a subject.
-    Raises: InputError if it cannot be read, holds no image, or holds images beside folders of images.
+        excluded_images: images that are left out, by their paths relative to `folder`.
+    Raises: InputError if it cannot be read, holds no image, or holds images beside folders of images, or if an excluded image
+        does not exist or none remains.
     """
     root = check_folder(folder)
     if class_data_dir is not None and Path(class_data_dir).resolve() == root.resolve():
         raise InputError(f"--class_data_dir and --instance_data_dir are both {str(root)!r}. Give class images another folder.")
-    return _Scanner(root, None if class_data_dir is None else Path(class_data_dir).resolve()).scan()
+    scan = _Scanner(root, None if class_data_dir is None else Path(class_data_dir).resolve()).scan()
+    return _without_images(scan, excluded_images) if excluded_images else scan
 
 
 class _Scanner:
@@ -330,6 +333,45 @@ def _class_images_advice(folder: Path, words: str | None) -> str:
         f'To use them for prior preservation, give --with_prior_preservation --class_data_dir "{display_path(folder)}" '
         f'--class_prompt "a photo of {with_article(words)}"; to train them as a subject, rename the folder.'
     )
+
+
+def _without_images(scan: FolderScan, names: Sequence[str]) -> FolderScan:
+    """`scan` without the images called `names`; its account has them, and their captions and masks, as excluded.
+
+    Raises: InputError if there is no such image, or none remains.
+    """
+    root, images = scan.account.folder, _named(scan, names)
+    remaining = {subject.path: _without(subject, images) for subject in scan.subjects}
+    subjects = tuple(subject for subject in remaining.values() if subject.images)
+    if not subjects:
+        raise InputError(f"excluded_images must leave an image of {str(root)!r} to train on, but has all of them.")
+    excluded = {*images, *(path for path, subject in remaining.items() if not subject.images)}
+    entries = tuple(
+        replace(entry, use="unused", kind="excluded") if {entry.path, entry.image} & excluded else entry
+        for entry in scan.account.entries
+    )
+    words = f"Excluded by --excluded_images: {listed(images, root, len(images))}."
+    notes = (*scan.account.notes, FolderNote("excluded_images", words, is_warning=False))
+    return replace(scan, subjects=subjects, account=replace(scan.account, entries=entries, notes=notes))
+
+
+def _named(scan: FolderScan, names: Sequence[str]) -> list[Path]:
+    """The images with these paths relative to the folder.
+
+    Raises: InputError if there is no such image.
+    """
+    root = scan.account.folder
+    images = {path.relative_to(root).as_posix(): path for path, _ in images_of(scan)}
+    if unknown := [name for name in names if name not in images]:
+        raise InputError(
+            f"excluded_images must be images of {str(root)!r}, which are {', '.join(images)}, got {', '.join(unknown)}."
+        )
+    return sorted({images[name] for name in names})
+
+
+def _without(subject: SubjectFolder, excluded: Collection[Path]) -> SubjectFolder:
+    images = tuple(path for path in subject.images if path not in excluded)
+    return replace(subject, images=images, captions={path: subject.captions[path] for path in images})
 
 
 def images_of(scan: FolderScan) -> Iterator[tuple[Path, SubjectFolder]]:

@@ -156,17 +156,21 @@ class _CheckedImage:
 
 
 def check_images(
-    folder: str | Path, resolution: int | None = None, workers: int = 0, class_data_dir: str | Path | None = None
+    folder: str | Path,
+    resolution: int | None = None,
+    workers: int = 0,
+    class_data_dir: str | Path | None = None,
+    excluded_images: Sequence[str] = (),
 ) -> ImageCheckReport:
     """Read and check every image of every subject in `folder`.
 
     Args:
         resolution: training resolution in pixels; smaller images are reported. None to skip this check.
         workers: number of processes that decode images.
-        class_data_dir: as in `scan_folder`.
+        class_data_dir, excluded_images: as in `scan_folder`.
     Raises: InputError if no image can be read, with the findings, or if a caption file cannot be read.
     """
-    scan = scan_folder(folder, class_data_dir)
+    scan = scan_folder(folder, class_data_dir, excluded_images)
     account = read_captions(scan).account
     files = [(path, subject.name) for path, subject in images_of(scan)]
     checked = list(tqdm(_check_all(files, workers), desc="checking images", delay=5, total=len(files)))

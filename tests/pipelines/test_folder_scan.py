@@ -366,6 +366,35 @@ def test_suffixes_are_case_insensitive(name, kind):
     assert unused_kind(name, ["b.png"]) == kind
 
 
+def test_excluded_images_are_accounted_for_with_their_captions_and_masks(tmp_path):
+    write(tmp_path, "0.png", "1.png", "0.txt", "1.txt", "0-masklabel.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a toy"}))
+    given = {"excluded_images": ["0.png"]}
+    assert [image.path.name for image in find_captioned(tmp_path, None, **given)] == ["1.png"]
+    assert [diagnosis.path.name for diagnosis in check_images(tmp_path, **given).images] == ["1.png"]
+    excluded = {name for name, kind in kinds(tmp_path, **given).items() if kind == "excluded"}
+    assert excluded == {"0.png", "0.txt", "0-masklabel.png"}
+    found = account(tmp_path, **given)
+    assert found.warnings() == []
+    assert "Excluded by --excluded_images: '0.png'." in found.infos()
+
+
+def test_images_of_subjects_are_excluded_by_folder_and_name(tmp_path):
+    write(tmp_path, "cat/0.png", "dog/0.png", "dog/1.png")
+    assert used(tmp_path, excluded_images=["dog/0.png"]) == {"cat": ["0.png"], "dog": ["1.png"]}
+    assert used(tmp_path, excluded_images=["cat/0.png"]) == {"dog": ["0.png", "1.png"]}
+    assert kinds(tmp_path, excluded_images=["cat/0.png"]) == {"cat": "excluded", "cat/0.png": "excluded"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["2.png"], r"must be images of .*, which are 0\.png, 1\.png, got 2\.png"), (["0.png", "1.png"], r"must leave an image of")],
+)
+def test_exclusions_of_no_image_or_of_all_images_are_refused(tmp_path, names, message):
+    with pytest.raises(InputError, match=f"excluded_images {message}"):
+        scan_folder(write(tmp_path, "0.png", "1.png"), excluded_images=names)
+
+
 def test_linked_images_and_folders_are_used(tmp_path):
     write(tmp_path / "store", "x.png")
     (tmp_path / "album").mkdir()

@@ -133,6 +133,22 @@ def test_a_held_out_image_is_in_no_batch(trainer, plain, tmp_path):
     assert heights == [{30, 40, 33}, {30, 40}]
 
 
+def test_an_excluded_image_is_in_no_batch_and_is_not_held_out(trainer, tmp_path):
+    prepared = trainer.prepare(tmp_path / "run", "--excluded_images", "2.png", "--heldout_image", "1.png")
+    assert {int(row[0]) for batch in prepared.batches(12) for row in batch["time_ids"]} == {30}
+    report = json.loads((prepared.run.path / "photos.json").read_text())
+    assert [Path(entry["path"]).name for entry in report["pictures"]] == ["0.png", "1.png"]
+    kinds = {Path(entry["path"]).name: entry["kind"] for entry in report["folder"]["files"]}
+    assert kinds == {"0.png": "", "1.png": "", "2.png": "excluded"}
+    cached = list((prepared.run.path / "cache").rglob("*.safetensors"))
+    assert len(cached) == len(["image 0", "image 1", "prompt"])
+
+
+def test_an_excluded_image_cannot_be_held_out():
+    with pytest.raises(InputError, match=r"heldout_image must not be one of excluded_images, got '2\.png'"):
+        DataOptions(excluded_images=["2.png"], heldout_image="2.png")
+
+
 def test_class_images_are_trained_on_with_the_prior_loss_weight(trainer, tmp_path):
     prepared = trainer.prepare(tmp_path / "run", *PRIOR, "--prior_loss_weight", "0.25")
     for batch in prepared.batches(4):

@@ -27,7 +27,7 @@ FITTING = {
     "prediction_type": "v_prediction",
     "class_names": ["c00=-a=b", "c01=é 猫"], "templates": ["a {}", "b {}"], "shots": ["4", "all"], "seeds": [3, 1],
     "test_share": 1 / 3, "crop_scale": [0.25, 0.75], "encoders": "image", "projections": ["q", "v"], "layers": "last-1",
-    "export": ["lora", "merged"], "lora_plus_ratio": 4.0, "heldout_image": "none",
+    "export": ["lora", "merged"], "excluded_images": ["00.jpg"], "lora_plus_ratio": 4.0, "heldout_image": "none",
 }  # fmt: skip
 NEEDED = {
     "text_encoder_lr": {"adapter": {"train_text_encoder": True}},

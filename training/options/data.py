@@ -9,7 +9,7 @@ from typing import Literal
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
 from pipelines.option_checks import at_least
-from pipelines.subject.captions import SUBJECT_FIELD, find_captioned, subject_folders, subject_name
+from pipelines.subject.captions import SUBJECT_FIELD, class_prompts, find_captioned, subject_folders, subject_name
 from pipelines.subject.data import SizeConditioning
 
 SAMPLE_SUBJECT = ASSETS / "sample-subject"
@@ -67,6 +67,13 @@ class DataOptions:
             "more and otherwise cross-validates."
         },
     )
+    excluded_images: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Images of the folder that are used neither for training nor as held-out image: file names, with the "
+            "subject's folder if there are several. Default: none."
+        },
+    )
     with_prior_preservation: bool = field(
         default=False, metadata={"help": "Also train on images of the subject's class, to preserve the base model's prior."}
     )
@@ -105,7 +112,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.instance_prompt is None:
             is_sample = Path(self.instance_data_dir).resolve() == SAMPLE_SUBJECT.resolve()
-            self.instance_prompt = SAMPLE_PROMPT if is_sample else _first_caption(self.instance_data_dir, self.class_data_dir)
+            self.instance_prompt = SAMPLE_PROMPT if is_sample else self._first_caption()
             self.class_prompt = self.class_prompt or (SAMPLE_CLASS_PROMPT if is_sample else None)
         if not self.instance_prompt.strip():
             raise InputError("instance_prompt must not be empty. Name the subject, as in 'a photo of sks dog'.")
@@ -114,21 +121,27 @@ class DataOptions:
         at_least(self, 1, "crops_per_image", "num_class_images", "sample_batch_size")
         if self.resolution is not None and self.resolution % 8:
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
+        if self.heldout_image in (self.excluded_images or ()):
+            raise InputError(f"heldout_image must not be one of excluded_images, got {self.heldout_image!r} in both.")
 
     def subject_prompts(self) -> list[str]:
         """The instance prompt, for each subject if it contains {subject}."""
         if SUBJECT_FIELD not in self.instance_prompt:
             return [self.instance_prompt]
-        names = map(subject_name, subject_folders(self.instance_data_dir, self.class_data_dir))
+        folders = subject_folders(self.instance_data_dir, self.class_data_dir, self.excluded_images or ())
+        names = map(subject_name, folders)
         return [self.instance_prompt.replace(SUBJECT_FIELD, name) for name in names]
 
+    def class_prompts(self) -> dict[str, str]:
+        """The class prompt of each subject, as `pipelines.subject.captions.class_prompts`."""
+        return class_prompts(self.instance_data_dir, self.class_prompt, self.class_data_dir, self.excluded_images or ())
 
-def _first_caption(folder: str, class_data_dir: str | None) -> str:
-    """The caption of the first image in `folder`, in which every image has one."""
-    try:
-        return find_captioned(folder, None, class_data_dir)[0].prompt
-    except InputError as error:
-        raise InputError(
-            "Your own images need --instance_prompt (a rare word and a class word, as in 'a photo of sks dog') or a caption "
-            f"each. {error}"
-        ) from error
+    def _first_caption(self) -> str:
+        """The caption of the first image, if every image has one."""
+        try:
+            return find_captioned(self.instance_data_dir, None, self.class_data_dir, self.excluded_images or ())[0].prompt
+        except InputError as error:
+            raise InputError(
+                "Your own images need --instance_prompt (a rare word and a class word, as in 'a photo of sks dog') or a caption "
+                f"each. {error}"
+            ) from error

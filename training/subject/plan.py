@@ -133,8 +133,8 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
 
 
 def total_seconds(options: SubjectOptions, num_images: int, pace: Pace) -> float:
-    """The duration of a run on so many images: the start of its process, and all its phases."""
-    seconds = estimated_seconds(options, pace)
+    """The duration of a run on a folder of so many images: the start of its process, and all its phases."""
+    seconds, num_used = estimated_seconds(options, pace), num_images - len(options.data.excluded_images or ())
     return PROCESS_SECONDS + sum(
-        seconds.get(phase.name, 0.0) for phase in phases(options, num_folds(num_images, options.data.heldout_image))
+        seconds.get(phase.name, 0.0) for phase in phases(options, num_folds(num_used, options.data.heldout_image))
     )

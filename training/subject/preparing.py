@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets, size_multiple
 from pipelines.cache import TensorCache
 from pipelines.subject.adapters import without_adapters
-from pipelines.subject.captions import class_prompts, find_captioned
+from pipelines.subject.captions import find_captioned
 from pipelines.subject.data import TrainingImage
 from pipelines.subject.encoding import CachedLatents, CropConfig, LatentEncoder
 from pipelines.subject.generate import Sampling, generate
@@ -54,10 +54,11 @@ def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
     Raises: InputError naming the folder or file, or a missing class prompt.
     """
     folder, class_folder = options.instance_data_dir, options.class_data_dir
-    report = check_images(folder, options.resolution, options.dataloader_num_workers, class_folder)
-    captioned = find_captioned(folder, options.instance_prompt, class_folder)
+    within = (class_folder, options.excluded_images or ())
+    report = check_images(folder, options.resolution, options.dataloader_num_workers, *within)
+    captioned = find_captioned(folder, options.instance_prompt, *within)
     if options.with_prior_preservation:
-        prompts = class_prompts(folder, options.class_prompt, class_folder)
+        prompts = options.class_prompts()
         if class_folder is not None:
             classes = ClassImages(Path(class_folder), prompts, options.num_class_images, model="")
             report = replace(report, class_folder=classes.account())
@@ -141,7 +142,7 @@ class Preparation:
         data = self.options
         prompts = dict.fromkeys(self.validation_prompts, "validation prompt")
         if data.with_prior_preservation:
-            classes = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
+            classes = data.class_prompts()
             prompts |= dict.fromkeys(classes.values(), "class prompt")
         prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
         captions = [(image.path, image.prompt) for image in images]
@@ -159,7 +160,7 @@ class Preparation:
         if not data.with_prior_preservation:
             return None
         folder = Path(data.class_data_dir or self.run.path / CLASS_FOLDER)
-        prompts = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
+        prompts = data.class_prompts()
         count = min(count or data.num_class_images, data.num_class_images)
         with without_adapters(self.pipeline):
             images = self._generated(ClassImages(folder, prompts, count, self.model, self.share))
