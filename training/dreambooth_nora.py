@@ -33,7 +33,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from diffusers import StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -47,7 +46,7 @@ from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution, quantization_errors
 from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
-from pipelines.subject.data import Example, load_examples
+from pipelines.subject.data import load_examples
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
@@ -98,7 +97,7 @@ def main(options: SubjectOptions) -> RunDirectory:
         finally:
             training.discard_unquantized()
         training.add_class_images()
-        record_provenance(run, options, training.pipeline, images)
+        training.record_provenance()
         training.cross_validate()
         validation = training.start_validation(before)
         training.train(validation)
@@ -162,7 +161,7 @@ class SubjectTraining:
             self.pipeline, options.output.validation_prompt, self.seed, sampling, name, self.batch_size
         )
         paths = [image.path for image in images.train[:DISPLAYED_IMAGES]]
-        self.displayed = images_of(load_examples(paths, self.resolution))
+        self.displayed = [example.image() for example in load_examples(paths, self.resolution)]
 
     def _plan(self) -> None:
         """Plan the phases, with the pace of an earlier run until the dry run measures this one's."""
@@ -237,6 +236,13 @@ class SubjectTraining:
         with summon_full_params(self.loss):
             self.class_images = self.preparation.class_images(self.encoded.subject.sizes)
 
+    def record_provenance(self) -> None:
+        """Write provenance.json; see `write_provenance`."""
+        options, split = self.options, {"images": self.images.train, "heldout": self.images.heldout}
+        self.base_model = model_identity(options.model.pretrained_model_name_or_path, self.pipeline)
+        files = {name: file_records(image.path for image in images) for name, images in split.items()}
+        write_provenance(self.run, options.to_dict(), self.base_model, self.pipeline.device, files, seed=self.seed)
+
     def cross_validate(self) -> None:
         """Cross-validate if there are too few images to hold one out."""
         if self.images.folds:
@@ -273,9 +279,16 @@ class SubjectTraining:
 
     def result(self, validation: ValidationCallback, before: Sequence[Image.Image], began: float) -> Trained:
         """The trained pipeline, for export and certification."""
-        count = len(self.encoded.subject)
         return Trained(
-            self.pipeline, self.components, self.sampler, validation.scorer, self.displayed, before, self.resolution, count, began
+            self.pipeline,
+            self.components,
+            self.sampler,
+            validation.scorer,
+            self.displayed,
+            before,
+            self.images,
+            self.base_model,
+            began,
         )
 
     def _batches(self, subject: CachedLatents, class_images: CachedLatents | None) -> TrainingBatches:
@@ -328,20 +341,6 @@ def adam_of(optimisation: OptimisationOptions, quantize: str | None = None) -> A
     )
 
 
-def record_provenance(
-    run: RunDirectory, options: SubjectOptions, pipeline: StableDiffusionXLPipeline, images: DatasetSplit
-) -> None:
-    """Write provenance.json; see `write_provenance`."""
-    write_provenance(
-        run,
-        options.to_dict(),
-        model_identity(options.model.pretrained_model_name_or_path, pipeline),
-        pipeline.device,
-        {"images": file_records(p.path for p in images.train), "heldout": file_records(p.path for p in images.heldout)},
-        seed=options.optimisation.seed,
-    )
-
-
 def loop_options(options: SubjectOptions) -> LoopOptions:
     """The options of the training loop."""
     optimisation, out = options.optimisation, options.output
@@ -354,11 +353,6 @@ def loop_options(options: SubjectOptions) -> LoopOptions:
         checkpoints_total_limit=out.checkpoints_total_limit,
         dataloader_num_workers=options.data.dataloader_num_workers,
     )
-
-
-def images_of(examples: list[Example]) -> list[Image.Image]:
-    """The training images as the model sees them."""
-    return [Image.fromarray(((example.pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for example in examples]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ PHASES = {
     phases.TRAINING: ("Training", "Training"),
     phases.EXPORTING: ("Exporting the adapter in four formats", "Export"),
     phases.COMPARING: ("Scoring the checkpoints: generating images with each", "Scoring"),
+    phases.EVALUATING: ("Evaluating: comparing the adapter with the base model", "Evaluation"),
     phases.CERTIFYING: ("Checking the exported files with plain diffusers", "Certificate"),
     phases.UPLOADING: ("Uploading", "Upload"),
     phases.FITTING: ("Training", "Training"),

@@ -64,6 +64,10 @@ class Example:
     pixels: torch.Tensor
     time_ids: torch.Tensor
 
+    def image(self) -> Image.Image:
+        """The image as the model sees it."""
+        return Image.fromarray(((self.pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image, upright as its EXIF orientation says, without decoding it.

@@ -64,6 +64,9 @@ class ImageScorer(Protocol):
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
         """The scores of each image."""
 
+    def similarities(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> torch.Tensor:
+        """The similarity of each image to each of any references, (images, references), at most 1."""
+
 
 def as_pixels(images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
     """Images, resized to `size` (width, height), as (images, 3, height, width) in [-1, 1]."""
@@ -147,6 +150,13 @@ class BaseModelScorer:
             prompt = self._prompt_margins(latents, prompts)
         return _scores(similarities, prompt, copy_scores(images, self.images))
 
+    @torch.no_grad()
+    def similarities(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> torch.Tensor:
+        """The similarity of each image to each of any references, (images, references), at most 1."""
+        with without_adapters(self.pipeline):
+            generated, given = (self._centred(self._latents(part)) for part in (images, references))
+        return _matched(generated, given)
+
     def _latents(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pixels = as_pixels(images, (self.resolution, self.resolution))
         return encode_images(self.pipeline, pixels, self.batch_size)[:, 0]
@@ -167,10 +177,12 @@ class BaseModelScorer:
         return middle_of(functional.adaptive_avg_pool2d(torch.cat(outputs), GRID)).flatten(2)
 
     def _similarities(self, latents: torch.Tensor) -> torch.Tensor:
-        """Mean similarity of positions to their best matches in each reference, both ways: (images, references), at most 1."""
-        generated = functional.normalize(self._features(latents) - self.mean)
-        similarities = torch.einsum("acx,bcy->abxy", generated, self.references)
-        return (similarities.amax(dim=3).mean(dim=2) + similarities.amax(dim=2).mean(dim=2)) / 2
+        """The similarity of each image to each of the scorer's references, (images, references)."""
+        return _matched(self._centred(latents), self.references)
+
+    def _centred(self, latents: torch.Tensor) -> torch.Tensor:
+        """Features (images, channels, positions) without the mean feature, of length 1 at each position."""
+        return functional.normalize(self._features(latents) - self.mean)
 
     def _prompt_margins(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[float]:
         """For each image, the mean loss with the other prompts minus that with its own, relative to the mean of all.
@@ -225,6 +237,10 @@ class EmbeddingScorer:
         copies = embedder.images([cropped(image) for image in references])
         self.nearest_limit = nearest_limit(self.references @ self.references.T, copies @ self.references.T)
 
+    def similarities(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> torch.Tensor:
+        """The similarity of each image to each of any references, (images, references), at most 1."""
+        return self.embedder.images(images) @ self.embedder.images(references).T
+
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
         """The scores of each image; `prompts` holds the prompt of each."""
         embedded = self.embedder.images(images)
@@ -233,6 +249,16 @@ class EmbeddingScorer:
         else:
             prompt = [each.prompt for each in self.base.scores(images, prompts)]
         return _scores(embedded @ self.references.T, prompt, copy_scores(images, self.images))
+
+
+def _matched(features: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Mean similarity of positions to their best matches in each reference, both ways: (images, references), at most 1.
+
+    Args:
+        features, references: (images, channels, positions), of length 1 at each position.
+    """
+    similarities = torch.einsum("acx,bcy->abxy", features, references)
+    return (similarities.amax(dim=3).mean(dim=2) + similarities.amax(dim=2).mean(dim=2)) / 2
 
 
 def _scores(similarities: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[ImageScores]:

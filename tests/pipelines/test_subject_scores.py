@@ -70,6 +70,9 @@ def test_subject_is_the_mean_and_nearest_the_maximum_over_the_training_images():
     (found,) = BaseModelScorer(pipe, references, [noise(9)], 16).scores(sample, ["a"])
     assert found.subject == pytest.approx(np.mean(alone), abs=1e-4)
     assert found.nearest == pytest.approx(max(alone), abs=1e-4)
+    # Any images can be the references.
+    judge = BaseModelScorer(pipe, references[:1], everything[1:], 16)
+    assert judge.similarities(sample, references)[0].tolist() == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_nearest_limit_is_that_of_cropped_copies_but_at_least_that_of_training_images():

@@ -5,9 +5,20 @@ from itertools import pairwise
 import pytest
 
 from training.options import SubjectOptions
+from training.options.validation import UNRELATED_PROMPTS, ValidationOptions
 from training.runs.progress import PlannedPhase, RunProgress
 from training.runs.run import RunDirectory
-from training.runs.run_files import COMPARING, CROSS_VALIDATION, EXPORTING, LOADING, SAMPLING, TRAINING, DryRunReport, RunStatus
+from training.runs.run_files import (
+    COMPARING,
+    CROSS_VALIDATION,
+    EVALUATING,
+    EXPORTING,
+    LOADING,
+    SAMPLING,
+    TRAINING,
+    DryRunReport,
+    RunStatus,
+)
 from training.subject.plan import DEMO_PACE, Pace, estimated_seconds, expected_pace, fold_steps, phases
 
 
@@ -104,6 +115,12 @@ def test_a_subject_s_run_plans_its_folds_and_estimates_every_phase():
     plan, seconds = phases(options, 4), estimated_seconds(options, Pace(0.5 / options.optimisation.images_per_step, 2.0, 3.0))
     assert [phase.number for phase in plan if phase.name == CROSS_VALIDATION] == [1, 2, 3, 4]
     assert {phase.name for phase in plan} < set(seconds)
+    assert EVALUATING not in {phase.name for phase in plan}
+    evaluated = SubjectOptions(validation=ValidationOptions(evaluate=True, num_evaluation_images=3))
+    assert EVALUATING in {phase.name for phase in phases(evaluated, 0)}
+    # With the adapter and without it: three images in each of four scenes, and the unrelated ones.
+    images = 2 * (4 * 3 + len(UNRELATED_PROMPTS))
+    assert estimated_seconds(evaluated, Pace(0.1, 2.0, 3.0))[EVALUATING] == images * 2.0
     assert seconds[LOADING] == 3.0
     assert seconds[TRAINING] > options.optimisation.max_train_steps * 0.5
     assert seconds[CROSS_VALIDATION] > fold_steps(options.optimisation.max_train_steps) * 0.5

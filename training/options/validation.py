@@ -10,6 +10,17 @@ from pipelines.option_checks import at_least
 
 # On the bundled toy and on photographs, comparing four recommends the same step as comparing all ten; two nearly always do.
 BUILT_IN_CANDIDATES, CANDIDATES = 4, 2
+# What every base model can generate and no subject is; the built-in one was trained on such captions.
+UNRELATED_PROMPTS = (
+    "a photo of a school bus",
+    "a photo of a goldfish",
+    "a photo of a barn",
+    "a photo of a pizza",
+    "a large red star in the snow",
+    "a large blue circle on the grass",
+    "a yellow crescent at night",
+    "a large white heart in the forest",
+)
 
 
 @dataclass
@@ -39,6 +50,16 @@ class ValidationOptions:
             "model, 2 for others; 0 generates none."
         },
     )
+    evaluate: bool = field(
+        default=False,
+        metadata={
+            "help": "After training, compare images of the last step with held-out and training images, with their prompts, and "
+            "with the base model's, also for prompts without the subject."
+        },
+    )
+    num_evaluation_images: int = field(
+        default=4, metadata={"help": "Images that --evaluate generates for each of its prompts with the subject."}
+    )
     certify: bool = field(
         default=True,
         metadata={"help": "Load the exported files in plain diffusers, in a separate process, and compare the generated images."},
@@ -58,7 +79,7 @@ class ValidationOptions:
     _argument_group_name = "validation"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "heldout_steps")
+        at_least(self, 1, "heldout_steps", "num_evaluation_images")
         at_least(self, 0, "num_candidate_images")
         if self.image_scorer is not None and not self.image_scorer.strip():
             raise InputError(

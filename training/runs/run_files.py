@@ -1,6 +1,7 @@
 """The files of a run directory: their names, and a dataclass with a version for each JSON file.
 
-`ResolvedOptions` and `Provenance` are in `pipelines.run_file`, and the files of few-shot runs in `training.runs.fewshot_files`.
+`ResolvedOptions` and `Provenance` are in `pipelines.run_file`, the files of few-shot runs in `training.runs.fewshot_files`, and
+the evaluation of a subject's run in `training.runs.subject_files`.
 No model library is imported, so that readers such as the web app stay light.
 """
 
@@ -26,6 +27,7 @@ STEP = "step-"
 LOADING, ENCODING, CALIBRATING, DRY_RUN = "loading", "encoding", "calibrating", "dry run"
 SAMPLING, CLASS_IMAGES, CROSS_VALIDATION, TRAINING = "sampling", "drawing class images", "cross_validation", "training"
 EXPORTING, COMPARING, CERTIFYING, UPLOADING = "exporting", "comparing", "certifying", "uploading"
+EVALUATING = "evaluating"
 FITTING, REPORTING, FINDING_SETTINGS = "fitting", "writing the report", "looking for settings that fit"
 GB = 1e9
 # A sample counts as a copy if its thumbnail correlates this much with a training image's. Newly generated scenes of the same

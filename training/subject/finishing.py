@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
 from diffusers import StableDiffusionXLPipeline
@@ -27,9 +28,11 @@ from training.runs.run import RunDirectory
 from training.runs.run_files import CERTIFYING, COMPARING, EXPORTING, UPLOADING, Suggestion
 from training.subject.certificate import StockModel, certify
 from training.subject.checkpoint_selection import steps_to_sample
+from training.subject.evaluating import evaluate
 from training.subject.image_scoring import suggest_for, write_suggestion
 from training.subject.measured import adapter_at, heldout_curve, sample_scores, saved_steps
 from training.subject.model_card import GRID, has_exports, write_model_card
+from training.subject.preparing import DatasetSplit
 from training.subject.publishing import assemble, push_to_hub
 from training.subject.samples import ValidationSampler
 from training.subject.validation import log_scores
@@ -50,8 +53,8 @@ class Trained:
         scorer: scores these images.
         subject_images: training images as the model sees them.
         before: the base model's images for the validation prompts.
-        resolution: side of the images in pixels.
-        images: the number of training images.
+        split: the training images and the held-out images.
+        base_model: the identity of the base model.
         began: when the run started, by the monotonic clock, in seconds.
     """
 
@@ -61,8 +64,8 @@ class Trained:
     scorer: ImageScorer
     subject_images: Sequence[Image.Image]
     before: Sequence[Image.Image]
-    resolution: int
-    images: int
+    split: DatasetSplit
+    base_model: dict[str, Any]
     began: float
 
 
@@ -87,12 +90,14 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
         logger.warning(warning)
     rows += suggested_rows(run, trained, options, suggestion, images_by_step.get(suggestion.step))
     labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
+    if options.validation.evaluate:
+        evaluate(run, trained.sampler, trained.scorer, trained.split, options, trained.base_model)
     if options.validation.certify and has_exports(run):
         run.begin(CERTIFYING)
         certify_run(run, trained, options)
     summarise(run, trained, options, suggestion)
     if options.validation.private or options.validation.push_to_hub:
-        folder = assemble(run, options, trained.images, public_grid(rows, options))
+        folder = assemble(run, options, len(trained.split.train), public_grid(rows, options))
         if options.validation.push_to_hub:
             run.begin(UPLOADING)
             run.update_status(published=push_to_hub(folder, options.validation, repository_name(run, options)))
@@ -103,7 +108,7 @@ def summarise(run: RunDirectory, trained: Trained, options: SubjectOptions, sugg
     count = sum(parameter.numel() for parameter in trained_parameters(trained.components))
     seconds = round(time.monotonic() - trained.began, 1)
     run.update_status(num_trainable_parameters=count, suggested_step=suggestion.step, seconds=seconds)
-    write_model_card(run, options, trained.images)
+    write_model_card(run, options, len(trained.split.train))
     logger.info(f"Trained {count:,} parameters in {seconds / 60:.1f} min. Images before and after: {run.path / GRID}.")
     folders = ("diffusers", "kohya") if has_exports(run) else ("adapter",)
     paths = " and ".join(str(run.path / name) for name in folders)
@@ -197,6 +202,6 @@ def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) ->
         plain = {**given.source, "quantize": None}
         pipeline = load_base_model(name, trained.pipeline.text_encoder.dtype, trained.pipeline.device, **plain)
         adapters.load_adapter(pipeline, run.path, ADAPTER_NAME)
-    sampling = Sampling(num_inference_steps=CERTIFIED_STEPS, resolution=trained.resolution)
+    sampling = Sampling(num_inference_steps=CERTIFIED_STEPS, resolution=trained.sampler.sampling.resolution)
     prompts = options.output.validation_prompt[:CERTIFIED_PROMPTS]
     certify(pipeline, run.path, model, prompts, sampling, options.optimisation.seed, options.adapter.create().exports_exactly)

@@ -81,16 +81,17 @@ def heldout_curve(run: RunRecord) -> list[Point]:
 
     With cross-validation, it is the mean over the folds, up to the last step that all of them have measured.
     """
-    curve = _curve_of(run)
+    curve = measured_curve(run)
     if len(curve) > 1:
         return curve
-    folds = [_curve_of(RunRecord(path)) for path in sorted((run.path / FOLDS).glob("*")) if path.is_dir()]
+    folds = [measured_curve(RunRecord(path)) for path in sorted((run.path / FOLDS).glob("*")) if path.is_dir()]
     # Folds that are still training have fewer points.
     by_step = zip(*folds, strict=False) if folds else ()
     return [Point(points[0].step, fmean(p.heldout for p in points), _mean_seen(points)) for points in by_step]
 
 
-def _curve_of(run: RunRecord) -> list[Point]:
+def measured_curve(run: RunRecord) -> list[Point]:
+    """The validation loss by step on the run's held-out image, the base model first; empty without one."""
     # A resumed run may measure a step again; the last measurement counts.
     lines = {logged.step: logged.values for logged in run.metrics() if "heldout_loss" in logged.values}
     return [Point(step, lines[step]["heldout_loss"], lines[step].get("seen_loss")) for step in sorted(lines)]

@@ -19,6 +19,7 @@ from training.options import NEW_SCENES, SubjectOptions
 from training.runs.card_text import CARD, as_text
 from training.runs.run import RunDirectory
 from training.runs.run_files import COPY_THRESHOLD, Certificate, Suggestion
+from training.runs.subject_files import SubjectEvaluation
 
 GRID = "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
@@ -164,6 +165,8 @@ def _findings(run: RunDirectory, scorer: str) -> list[str]:
         lines.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before training, {after:.4f} after.")
     if suggestion := Suggestion.read(run.path):
         lines += _recommendation(suggestion, scorer)
+    if evaluation := SubjectEvaluation.read(run.path):
+        lines.append(f"Images of the last step in new scenes, scored by {scorer}. {evaluation.summary}")
     lines += _left_out(run)
     if certificate := Certificate.read(run.path):
         lines.append(_certified(certificate))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipelines.built_in import is_built_in, recorded_name
 from pipelines.subject.heldout import num_folds
-from training.options import SubjectOptions
+from training.options import NEW_SCENES, SubjectOptions
+from training.options.validation import UNRELATED_PROMPTS
 from training.runs.progress import PlannedPhase
 from training.runs.record import RunRecord
 from training.runs.run_files import (
@@ -19,6 +20,7 @@ from training.runs.run_files import (
     CROSS_VALIDATION,
     DRY_RUN,
     ENCODING,
+    EVALUATING,
     EXPORTING,
     LOADING,
     SAMPLING,
@@ -59,7 +61,7 @@ def phases(options: SubjectOptions, folds: int) -> list[PlannedPhase]:
     # Some class images are needed for the dry run, the others after it.
     class_images = [CLASS_IMAGES] if options.data.with_prior_preservation else []
     before = [LOADING, ENCODING, *class_images, SAMPLING, DRY_RUN, CALIBRATING, *class_images]
-    after = [TRAINING, EXPORTING, COMPARING]
+    after = [TRAINING, EXPORTING, COMPARING] + [EVALUATING] * options.validation.evaluate
     after += [CERTIFYING] * options.validation.certify + [UPLOADING] * options.validation.push_to_hub
     repeated = [PlannedPhase(CROSS_VALIDATION, number=fold + 1) for fold in range(folds)]
     return [*map(PlannedPhase, before), *repeated, *map(PlannedPhase, after)]
@@ -127,9 +129,16 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
         EXPORTING: sampling + WRITING_SECONDS,
         # The recommended adapter is exported too, and its images are generated again if they were scored during training.
         COMPARING: ((options.validation.num_candidate_images or 0) * SCORED + 1) * sampling + WRITING_SECONDS,
+        EVALUATING: evaluated_images(options) * pace.sample,
         CERTIFYING: PROCESS_SECONDS + pace.loading + CERTIFIED_SAMPLES * pace.sample,
         UPLOADING: PROCESS_SECONDS,
     }
+
+
+def evaluated_images(options: SubjectOptions) -> int:
+    """The number of images that the evaluation generates: with the adapter and with the base model."""
+    of_subject = len(options.data.subject_prompts()) * len(NEW_SCENES) * options.validation.num_evaluation_images
+    return 2 * (of_subject + len(UNRELATED_PROMPTS))
 
 
 def total_seconds(options: SubjectOptions, num_images: int, pace: Pace) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
+from pipelines.cache import module_digest
 from pipelines.images import labelled_grid, save_image, save_png
 from pipelines.subject.generate import Sampling, generate
 from training.runs.run import RunDirectory
@@ -40,11 +43,15 @@ class ValidationSampler:
         return range(self.seed, self.seed + len(self.prompts))
 
     def generate(self) -> list[Image.Image]:
-        """An image for each prompt."""
+        """An image for each validation prompt."""
+        return self.images(self.prompts, self.seeds)
+
+    def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """An image for each of `prompts`, from the noise of its seed."""
         for component in (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             component.eval()
         with torch.no_grad():
-            return list(generate(self.pipeline, self.prompts, self.seeds, self.sampling, self.batch_size))
+            return list(generate(self.pipeline, prompts, seeds, self.sampling, self.batch_size))
 
     def save(self, run: RunDirectory, step: int, images: Sequence[Image.Image]) -> None:
         """Save the images of `step`: samples/step-<step>/<index>.png with their settings, and a sheet of all."""
@@ -53,16 +60,27 @@ class ValidationSampler:
         folder = run.samples_at(step)
         aside = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        common = {**asdict(self.sampling), "sampler": self._name(), "model": self.model, "step": step}
         for index, (image, prompt, seed) in enumerate(zip(images, self.prompts, self.seeds, strict=True)):
-            save_image(image, aside / f"{index}.png", {"prompt": prompt, "seed": seed, **common})
+            save_image(image, aside / f"{index}.png", {**self.settings(prompt, seed), "step": step})
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         title = f"step {step}" if step else "base model"
         run.save_image(step, labelled_grid([(title, images)], self.prompts))
 
-    def _name(self) -> str:
-        return type(self.pipeline.scheduler).__name__.removesuffix("Scheduler")
+    def settings(self, prompt: str, seed: int) -> dict[str, Any]:
+        """The settings of one image, for its file."""
+        sampler = type(self.pipeline.scheduler).__name__.removesuffix("Scheduler")
+        return {"prompt": prompt, "seed": seed, **asdict(self.sampling), "sampler": sampler, "model": self.model}
+
+    def identity(self) -> dict[str, Any]:
+        """What images depend on besides the UNet, the text encoders, prompts and seeds, as plain values."""
+        scheduler = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
+        return {
+            "scheduler": [type(self.pipeline.scheduler).__name__, json.dumps(scheduler, default=str, sort_keys=True)],
+            "vae": module_digest(self.pipeline.vae),
+            "where": [self.pipeline.device.type, str(self.pipeline.dtype)],
+            "sampling": [asdict(self.sampling), self.batch_size],
+        }
 
 
 def save_subject(run: RunDirectory, images: Sequence[Image.Image]) -> None:
