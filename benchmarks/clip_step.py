@@ -45,9 +45,11 @@ CLASSES = (
 class Task:
     """A training task: one adapter on a copy of the model, with its data and optimizer."""
 
-    def __init__(self, clip: Clip, options: AdapterOptions, pixels: torch.Tensor, labels: torch.Tensor, cache: Path) -> None:
+    def __init__(
+        self, clip: Clip, options: AdapterOptions, pixels: torch.Tensor, labels: torch.Tensor, cache: Path, is_bf16: bool = False
+    ) -> None:
         self.clip = Clip(copy.deepcopy(clip.model), clip.preprocess, clip.tokenizer, clip.name)
-        self.pixels, self.labels = pixels, labels
+        self.pixels, self.labels, self.is_bf16 = pixels, labels, is_bf16
         self.tokens = clip.tokenizer([f"a photo of a {name}." for name in CLASSES])
         self.components = adapters.attach(self.clip, options, TargetLayers())
         began = time.perf_counter()
@@ -62,8 +64,9 @@ class Task:
 
     def loss(self) -> torch.Tensor:
         """The cross-entropy of the images over the class prompts: ()."""
-        logits = self.clip.logit_scale * self.clip.encode_images(self.pixels) @ self.clip.encode_texts(self.tokens).T
-        return nn.functional.cross_entropy(logits, self.labels)
+        with torch.autocast(self.pixels.device.type, torch.bfloat16, enabled=self.is_bf16):
+            logits = self.clip.logit_scale * self.clip.encode_images(self.pixels) @ self.clip.encode_texts(self.tokens).T
+            return nn.functional.cross_entropy(logits, self.labels)
 
     def step(self) -> float:
         """One training step; returns its seconds."""
@@ -126,7 +129,8 @@ def tasks_on(base: Clip, options: argparse.Namespace, folder: Path) -> dict[str,
         "NoRA": AdapterOptions(method="nora", rank=options.rank, inner_r=options.inner_r),
         "LoRA": AdapterOptions(method="lora", rank=options.lora_rank),
     }
-    return {name: Task(base, method, pixels, labels, folder / name) for name, method in adapted.items()}
+    is_bf16 = options.mixed_precision == "bf16"
+    return {name: Task(base, method, pixels, labels, folder / name, is_bf16) for name, method in adapted.items()}
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -134,6 +138,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="ViT-B-16", help="a name that open_clip knows; its weights are random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="precision of the training steps")
     parser.add_argument("--batch_size", type=int, default=4, help="images a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rank", type=int, default=48, help="outer rank of NoRA")

@@ -58,6 +58,8 @@ RUN_BY_CI = "CI runs it"
 NEEDS_ENGINE = (
     "it needs a container engine; tests/test_container.py checks its flags, and builds and starts the image where it can"
 )
+NEEDS_GPU = "it needs a GPU; tests/training/test_gpu_benchmark.py runs its steps on tiny models"
+DOWNLOADS = "it downloads packages"
 NOT_RUN = {
     "pip install -r requirements.txt": RUN_BY_CI,
     "ruff check .": RUN_BY_CI,
@@ -76,6 +78,10 @@ NOT_RUN = {
     "docker run --rm --user 1000 --volume .:/data nora-vision train --instance_data_dir PHOTOS "
     "--instance_prompt 'a photo of sks dog'": NEEDS_ENGINE,
     "git clone https://github.com/AGI-Edgerunners/LLM-Adapters": "it downloads data; the tests write files in its form",
+    "bash benchmarks/gpu.sh --minutes 8 --output gpu.md": NEEDS_GPU,
+    "bash benchmarks/gpu.sh --wheels wheels --minutes 8 --output gpu.md": NEEDS_GPU,
+    "pip download --only-binary=:all: --no-deps --dest wheels diffusers transformers peft accelerate open_clip_torch": DOWNLOADS,
+    "pip download --only-binary=:all: --dest wheels pydantic ftfy": DOWNLOADS,
     "python -m training.runs.waiting": "the web app starts it with arguments; tests/training/test_waiting.py runs it",
 }
 RUNS = ("RUN", "CLASSIFIER")
