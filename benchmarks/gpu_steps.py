@@ -232,6 +232,7 @@ def sampling(options: argparse.Namespace) -> Iterator[str]:
     pipeline = base_model(options)
 
     def measured(name: str, resolution: int) -> list[str]:
+        """The row of an image, called `name`."""
         settings = Sampling(1 if options.tiny else 25, resolution=resolution)
         image = partial(generate, pipeline, ["a photo of a toy"], [0], settings)
         list(image())
