@@ -28,6 +28,7 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS = {
     "train": Subcommand("training.dreambooth_nora", "train an adapter of SDXL on images of one subject"),
     "fewshot": Subcommand("training.fewshot_nora", "train classifiers on a few images per class and compare them"),
+    "arena": Subcommand("training.arena", "compare adapter methods on subjects and labelled datasets"),
     "generate": Subcommand("pipelines.subject.generate", "generate images with trained adapters"),
     "classify": Subcommand("pipelines.fewshot.classify", "classify images with a trained classifier"),
     "check-images": Subcommand("pipelines.subject.image_checks", "check a folder of training images"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,17 +15,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 
-from pipelines.built_in import import_path
 from pipelines.errors import InputError
 from training.engine.dry_run import DoesNotFitError
+from training.runs.recipe_process import recipe_command, single_process_environment
 from training.runs.run import RunDirectory
 from training.runs.run_files import FINDING_SETTINGS, GB, DryRunReport, FallbackStep, MemoryFallback
 
 SMALLER_RESOLUTIONS = (0.75, 0.5)
 # Resolutions are multiples of these, so that UNets can halve them repeatedly.
 LARGE, LARGE_STEP, SMALL_STEP = 512, 64, 8
-# Removed from the environment: a dry run is a single process and must not join the group of the run.
-DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 Options = dict[str, dict[str, Any]]
 
 
@@ -107,19 +103,14 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
     values = flat_options | setting | {"output_dir": str(folder), "dry_run": True, "memory_fallback": False, "report_to": "none"}
     values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
     flags = as_flags({name: value for name, value in values.items() if name in flat_options})
-    command = [sys.executable, "-P", "-m", recipe, *flags]
-    finished = subprocess.run(command, env=_single_process_environment(), capture_output=True, text=True, check=False)
+    # A dry run is a single process and must not join the group of the run.
+    environment = single_process_environment()
+    finished = subprocess.run(recipe_command(recipe, flags), env=environment, capture_output=True, text=True, check=False)
     lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
     reason = None if finished.returncode == 0 else lines[-1]
     report = DryRunReport.read(folder)
     measured = (None, None) if report is None else (report.peak_memory, report.seconds_per_step)
     return FallbackStep(setting, finished.returncode == 0, *measured, reason)
-
-
-def _single_process_environment() -> dict[str, str]:
-    """The environment without the variables of distributed training, with this project on the import path."""
-    distributed = {name for name in os.environ if name in DISTRIBUTED or name.startswith("TORCHELASTIC")}
-    return {name: value for name, value in os.environ.items() if name not in distributed} | import_path()
 
 
 def _ran_out(message: str) -> bool:

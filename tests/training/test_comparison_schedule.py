@@ -1,0 +1,242 @@
+"""The schedule of an arena: what can run when, what is never run again, and which data a learning rate is chosen on."""
+
+import json
+
+import pytest
+
+from pipelines.errors import InputError
+from pipelines.images import Image
+from training.comparison.cells import Cell
+from training.comparison.rates import MAX_EXTENSIONS
+from training.comparison.schedule import Schedule
+from training.comparison.tasks import FewShotArena, SubjectArena, check_flags
+from training.comparison.variants import MethodVariant, variants_of
+from training.options.arena import ArenaOptions, parse_arena_options
+from training.runs.arena_files import CellRecord
+
+PHOTOS = ["a.png", "b.png", "c.png", "d.png", "e.png"]
+
+
+@pytest.fixture
+def subjects(tmp_path):
+    """Three subjects of five photos."""
+    for number, name in enumerate(("bear", "candle", "robot")):
+        (tmp_path / "subjects" / name).mkdir(parents=True)
+        for index, photo in enumerate(PHOTOS):
+            Image.new("RGB", (80, 80), (40 * index, 60 * number, 90)).save(tmp_path / "subjects" / name / photo)
+    return tmp_path / "subjects"
+
+
+def options_of(*flags) -> ArenaOptions:
+    return parse_arena_options([*map(str, flags)])
+
+
+def schedule_of(arena, tasks, options):
+    return Schedule(arena, tasks, variants_of(options.method.methods), options.method, options.data.seeds)
+
+
+def end(schedule, cell, state="done", reason=None):
+    """Record that a cell has ended."""
+    folder = cell.folder(schedule.arena)
+    folder.mkdir(parents=True)
+    values = vars(schedule.new_record(cell)) | {"state": state, "reason": reason}
+    CellRecord(**values).write(folder)
+
+
+def end_subject(schedule, cell, loss):
+    """Record that a cell of a subject has ended with a held-out loss."""
+    end(schedule, cell)
+    lines = [{"step": step, "time": step, "heldout_loss": value} for step, value in enumerate((1.0, loss))]
+    (cell.folder(schedule.arena) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def flags_of(cell: Cell):
+    """The values of the flags of a cell, by name."""
+    words, values = list(cell.flags), {}
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:]
+            values[name] = []
+        else:
+            values[name].append(word)
+    return {name: " ".join(given) for name, given in values.items()}
+
+
+def test_every_rate_is_swept_before_anything_is_measured(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects, "--methods", "lora", "--seeds", 0, 1)
+    schedule = schedule_of(tmp_path / "arena", [SubjectArena.create(options)], options)
+    pending = schedule.pending()
+    assert {cell.purpose for cell in pending} == {"sweep"}
+    assert len(pending) == 3 * len(options.method.learning_rate_factors)
+
+
+def test_the_rate_of_a_subject_is_chosen_on_the_other_subjects(subjects, tmp_path):
+    """Rates whose order differs between the subjects: each gets the best one of the others."""
+    options = options_of("--subjects_dir", subjects, "--methods", "lora", "--seeds", 0)
+    task = SubjectArena.create(options)
+    schedule = schedule_of(tmp_path / "arena", [task], options)
+    (variant,) = schedule.variants
+    default = task.default_rate(variant)
+    best = {"bear": default, "candle": default, "robot": 3 * default}
+    for cell in schedule.pending():
+        end_subject(
+            schedule,
+            cell,
+            0.1
+            if cell.learning_rate == pytest.approx(best[cell.dataset])
+            else 0.1 + 0.1 * abs(cell.learning_rate - best[cell.dataset]) / default,
+        )
+    finals = {cell.dataset: cell.learning_rate for cell in schedule.pending() if cell.purpose == "final"}
+    assert finals["robot"] == pytest.approx(default)
+
+
+def test_no_photo_that_is_tested_is_seen_by_the_sweep_of_a_single_subject(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora")
+    task = SubjectArena.create(options)
+    (variant,) = variants_of(["lora"])
+    for seed in options.data.seeds:
+        (final,) = [cell for cell in task.final_cells(variant, "bear", [1e-3] * 5, 10) if cell.seed == seed]
+        (sweep,) = task.sweep_cells(variant, "bear", seed, 1e-3, 10)
+        tested, swept = flags_of(final)["heldout_image"], flags_of(sweep)
+        assert swept["excluded_images"] == tested
+        assert swept["heldout_image"] != tested
+    tests = {flags_of(cell)["heldout_image"] for cell in task.final_cells(variant, "bear", [1e-3] * 5, 10)}
+    assert tests == set(PHOTOS)
+
+
+def test_an_end_of_the_sweep_that_is_best_is_extended(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora", "--seeds", 0)
+    schedule = schedule_of(tmp_path / "arena", [SubjectArena.create(options)], options)
+    rounds = 0
+    while {cell.purpose for cell in schedule.pending()} == {"sweep"}:
+        rounds += 1
+        for cell in schedule.pending():
+            end_subject(schedule, cell, 1 / (1 + cell.learning_rate))
+    assert rounds == 1 + MAX_EXTENSIONS
+    (final,) = schedule.pending()
+    tried = [cell.learning_rate for cell in schedule._ended]
+    assert final.learning_rate == max(tried)
+
+
+def test_what_has_ended_is_never_pending_again(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora:learning_rate=0.001", "--seeds", 0, 1)
+    task = SubjectArena.create(options)
+    schedule = schedule_of(tmp_path / "arena", [task], options)
+    first, second = schedule.pending()
+    end_subject(schedule, first, 0.5)
+    assert schedule.pending() == [second]
+    assert schedule_of(tmp_path / "arena", [task], options).pending() == [second]
+
+
+def test_a_failed_method_has_its_reason_and_runs_again_on_request_alone(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora:learning_rate=0.001", "--seeds", 0)
+    task = SubjectArena.create(options)
+    schedule = schedule_of(tmp_path / "arena", [task], options)
+    (cell,) = schedule.pending()
+    end(schedule, cell, "failed", "error: no memory")
+    assert not schedule.pending()
+    assert schedule.failures(task, schedule.variants[0]) == ["final on bear: error: no memory"]
+    again = Schedule(tmp_path / "arena", [task], schedule.variants, options.method, options.data.seeds, retry_failed=True)
+    assert again.pending() == [cell]
+    assert again.new_record(cell).attempts == 0
+
+
+def test_a_method_whose_every_rate_fails_is_a_row_with_its_reason(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora", "--seeds", 0)
+    task = SubjectArena.create(options)
+    schedule = schedule_of(tmp_path / "arena", [task], options)
+    while schedule.pending():
+        end(schedule, schedule.pending()[0], "failed", "loss is not finite")
+    assert schedule.failures(task, schedule.variants[0]) == ["sweep on bear: loss is not finite"]
+
+
+def test_a_budget_of_seconds_is_turned_into_steps_by_the_measured_pace(subjects, tmp_path):
+    options = options_of(
+        "--subjects_dir", subjects / "bear", "--methods", "lora:learning_rate=0.001", "--seeds", 0, "--max_train_seconds", 30
+    )
+    schedule = schedule_of(tmp_path / "arena", [SubjectArena.create(options)], options)
+    (pace,) = schedule.pending()
+    assert pace.purpose == "pace"
+    end(schedule, pace)
+    content = {
+        "num_trainable_parameters": 1,
+        "seconds_per_step": 0.25,
+        "seconds": 1,
+        "peak_memory": 1,
+        "checkpoint": 1,
+        "disk": 1,
+        "disk_free": 1,
+        "memory_limit": None,
+    }
+    (pace.folder(schedule.arena) / "dry_run.json").write_text(json.dumps({"version": 2, **content}))
+    (final,) = schedule.pending()
+    assert flags_of(final)["max_train_steps"] == "120"
+
+
+def test_another_image_or_option_is_another_cell(subjects):
+    def key(*flags):
+        options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora", *flags)
+        return (
+            SubjectArena.create(options)
+            .final_cells(*variants_of(["lora"]), "bear", [1e-3] * 5, options.method.max_train_steps)[0]
+            .key
+        )
+
+    before = key()
+    assert key() == before
+    assert key("--max_train_steps", 7) != before
+    assert key("--subject_flags", "--snr_gamma 5") != before
+
+
+def test_labelled_datasets_sweep_on_more_validation_images_and_never_on_test_images(tmp_path):
+    options = options_of("--datasets", "digits", "--methods", "lora", "--shots", 1, 4, "--seeds", 0, 1)
+    task = FewShotArena.create(options)
+    (variant,) = variants_of(["lora"])
+    (sweep,) = task.sweep_cells(variant, "digits", 0, 0.01, 10)
+    flags = flags_of(sweep)
+    assert (flags["shots"], flags["seeds"], flags["num_validation_images"]) == ("4", "0", "30")
+    final, new = task.final_cells(variant, "digits", [0.01, 0.01], 10)
+    assert flags_of(final)["shots"] == "1 4"
+    assert "base_to_new" in flags_of(new)
+
+
+def test_a_baseline_is_measured_without_a_sweep_and_not_on_subjects(subjects, tmp_path):
+    options = options_of("--datasets", "digits", "--subjects_dir", subjects / "bear", "--methods", "zeroshot")
+    tasks = [SubjectArena.create(options), FewShotArena.create(options)]
+    pending = schedule_of(tmp_path / "arena", tasks, options).pending()
+    assert [(cell.task, cell.purpose) for cell in pending] == [("few-shot", "final"), ("few-shot", "base-to-new")]
+
+
+def test_variants_are_written_as_names_with_options():
+    variant = MethodVariant.parse("nora:basis=gradient,rank=16")
+    assert variant.flags() == ["--method", "nora", "--basis", "gradient", "--rank", "16"]
+    assert [one.label for one in variants_of(["lora", "lora"])] == ["lora"]
+    assert len(variants_of(["all"])) > 30
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [("magic", "must each begin with one of"), ("lora:rank", "name:option=value"), ("lora:=3", "name:option=value")],
+)
+def test_wrong_variants_are_refused(label, message):
+    with pytest.raises(InputError, match=message):
+        MethodVariant.parse(label)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--subject_flags=--seed 3"], "must not set --seed"),
+        (["--fewshot_flags=--rank 3"], "must not set --rank, an option of methods"),
+    ],
+)
+def test_flags_that_the_arena_sets_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        check_flags(options_of("--datasets", "digits", *flags))
+
+
+def test_a_subject_with_two_photos_is_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (80, 80)).save(tmp_path / name)
+    with pytest.raises(InputError, match="needs at least three photos"):
+        SubjectArena.create(options_of("--subjects_dir", tmp_path))

@@ -1,0 +1,129 @@
+"""A cell of an arena: one run of an ordinary recipe, in a directory whose name depends on everything that the result does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipelines.adapter_options import method_flags, options_of
+from pipelines.digests import file_digest
+from pipelines.run_options import Task
+from training.comparison.variants import MethodVariant
+from training.options import SubjectOptions
+from training.options.command_line import options_from_flags
+from training.options.fewshot import FewShotOptions
+from training.runs.arena_files import CELLS, CellRecord, Purpose
+from training.runs.recipe_process import recipe_command
+
+RECIPES: dict[Task, str] = {"subject": "training.dreambooth_nora", "few-shot": "training.fewshot_nora"}
+# Options that name folders. What is in them is a part of the key.
+FOLDERS = ("instance_data_dir", "data_dir", "cache_dir", "output_dir", "pretrained_model_name_or_path", "model")
+# Groups that do not change a result.
+WITHOUT_EFFECT = ("output",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a recipe.
+
+    Args:
+        dataset: the subject's name, or the labelled dataset's.
+        variant: the label of the method.
+        purpose: "pace" measures the seconds of a step, "sweep" chooses a learning rate, "final" is measured, and so is
+            "base-to-new", on classes that were not trained.
+        learning_rate: None for a method without one.
+        seed: None if the run has all seeds.
+        flags: of the recipe, without the run directory.
+        key: a hash of the options, the images and the base model.
+    """
+
+    task: Task
+    dataset: str
+    variant: str
+    purpose: Purpose
+    learning_rate: float | None
+    seed: int | None
+    flags: tuple[str, ...]
+    key: str
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its results are in the report."""
+        return self.purpose in ("final", "base-to-new")
+
+    def folder(self, arena: Path) -> Path:
+        """Its run directory in the directory `arena`."""
+        rate = "" if self.learning_rate is None else f"-rate-{self.learning_rate:.3g}"
+        seed = "" if self.seed is None else f"-seed-{self.seed}"
+        name = f"{self.purpose}{rate}{seed}-{self.key[:10]}"
+        return arena / CELLS / self.task / file_name(self.dataset) / file_name(self.variant) / name
+
+    def record(self, arena: Path) -> CellRecord | None:
+        """Its record; None if it was never started."""
+        return CellRecord.read(self.folder(arena))
+
+    def new_record(self, arena: Path) -> CellRecord:
+        """The record of a cell that is started for the first time."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("flags", "key")}
+        command = recipe_command(RECIPES[self.task], [*self.flags, "--output_dir", str(self.folder(arena))])
+        return CellRecord(**values, command=command, state="running")
+
+
+def file_name(text: str) -> str:
+    """`text` with all characters but letters, digits and some others replaced, for names of files."""
+    return re.sub(r"[^\w.=,-]+", "_", text)
+
+
+@lru_cache(maxsize=256)
+def folder_digest(folder: Path) -> str:
+    """A hash of the names and contents of all files in `folder`, or of a single file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    lines = (f"{path.relative_to(folder)} {file_digest(path)}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@cache
+def parsed(task: Task, flags: tuple[str, ...]) -> SubjectOptions | FewShotOptions:
+    """The options of the recipe with `flags`.
+
+    Raises: InputError for an invalid option.
+    """
+    return options_from_flags(SubjectOptions if task == "subject" else FewShotOptions, flags)
+
+
+@cache
+def cell_key(task: Task, flags: tuple[str, ...], variant: MethodVariant, inputs: tuple[str, ...]) -> str:
+    """A hash of the options of a run and of its inputs.
+
+    Of the options of adapter methods only those of the variant's method count, so that a new method changes no other key.
+
+    Args:
+        inputs: digests of the images and of the base model.
+    """
+    options = parsed(task, flags)
+    groups = options.to_dict()
+    general = {name: value for name, value in _general(groups, task) if name not in FOLDERS}
+    of_method: dict[str, Any] = {}
+    if not variant.is_baseline:
+        group = options.adapter if task == "subject" else options.method
+        built_in = task == "few-shot" and options.model.is_built_in
+        of_method = options_of(group, task, built_in, variant.method)
+    content = json.dumps([task, general, of_method, inputs], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _general(groups: Mapping[str, Mapping[str, Any]], task: Task) -> Iterator[tuple[str, Any]]:
+    """The options of all groups with an effect that are not options of adapter methods."""
+    of_methods = _method_flags(task)
+    for name, group in groups.items():
+        if name not in WITHOUT_EFFECT:
+            yield from ((option, value) for option, value in group.items() if option not in of_methods)
+
+
+_method_flags = lru_cache(method_flags)

@@ -1,0 +1,105 @@
+"""The figures of an arena: quality against parameters with the Pareto front, and accuracy by shots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.fewshot.metric_values import Interval
+from pipelines.run_options import Task
+from training.comparison.analysis import mean_of, ranked
+from training.comparison.measures import MEASURES, PRIMARY, measure_named
+from training.comparison.statistics import pareto_front
+from training.comparison.verdict import largest_shots
+from training.runs.arena_files import ArenaReport
+
+SIZE, DPI = (8.0, 5.0), 120
+FRONT_COLOUR, OTHER_COLOUR = "#c2410c", "#64748b"
+
+
+def write_figures(report: ArenaReport, folder: Path) -> dict[Task, list[str]]:
+    """Write the figures of each task with results into `folder`; returns their names."""
+    names: dict[Task, list[str]] = {}
+    for task in MEASURES:
+        shots = largest_shots(report.summaries, task)
+        figures = {f"parameters-{task}.png": quality_by_parameters(report, task, shots)}
+        if task == "few-shot":
+            figures["shots.png"] = quality_by_shots(report, task)
+        names[task] = []
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.savefig(folder / name, dpi=DPI)
+                names[task].append(name)
+    return names
+
+
+def front_of(report: ArenaReport, task: Task, shots: int | None) -> list[str]:
+    """The variants that no other one beats in both quality and parameters, by rising parameters."""
+    sign = -1 if measure_named(task, PRIMARY[task]).better == "lower" else 1
+    points = {name: (parameters, sign * quality) for name, parameters, quality, *_ in points_of(report, task, shots)}
+    return pareto_front(points)
+
+
+def points_of(report: ArenaReport, task: Task, shots: int | None) -> list[tuple[str, float, float, float, float]]:
+    """Name, parameters, quality and the bounds of its interval of each variant with both."""
+    points = []
+    for one in ranked(report.summaries, task, shots, PRIMARY[task]):
+        parameters = mean_of(report.summaries, task, shots, "parameters", one.variant)
+        if parameters is not None:
+            points.append((one.variant, parameters.interval.value, one.interval.value, one.interval.low, one.interval.high))
+    return points
+
+
+def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) -> Figure | None:
+    """The primary measure of each variant against its trained parameters; None without two variants."""
+    points = points_of(report, task, shots)
+    if len(points) < 2:
+        return None
+    front, measure = front_of(report, task, shots), measure_named(task, PRIMARY[task])
+    figure = Figure(SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for name, parameters, quality, low, high in points:
+        colour = FRONT_COLOUR if name in front else OTHER_COLOUR
+        axes.errorbar(parameters, quality, [[quality - low], [high - quality]], fmt="o", color=colour, capsize=2)
+        axes.annotate(name, (parameters, quality), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+    on_front = {name: (parameters, quality) for name, parameters, quality, *_ in points}
+    axes.plot(*zip(*(on_front[name] for name in front), strict=True), color=FRONT_COLOUR, linewidth=1)
+    axes.set_xscale("symlog", linthresh=100)
+    if measure.better == "lower":
+        axes.invert_yaxis()
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel(f"{measure.title}{f' at {shots} shots' if shots is not None else ''}")
+    axes.set_title("Quality against parameters; the line is the Pareto front")
+    return figure
+
+
+def quality_by_shots(report: ArenaReport, task: Task) -> Figure | None:
+    """The primary measure of each variant by the number of shots; None for a single number."""
+    measure = PRIMARY[task]
+    chosen = [s for s in report.summaries if (s.task, s.dataset, s.measure) == (task, None, measure) and s.shots is not None]
+    shots = sorted({summary.shots for summary in chosen})
+    if len(shots) < 2:
+        return None
+    figure = Figure(SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for variant in _by_last_value(report, task, shots):
+        _draw_curve(axes, variant, {s.shots: s.interval for s in chosen if s.variant == variant})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shots, labels=list(map(str, shots)))
+    axes.set_xlabel("training images per class")
+    axes.set_ylabel(measure_named(task, measure).title)
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def _draw_curve(axes: Axes, label: str, by_shots: Mapping[int, Interval]) -> None:
+    shots, intervals = sorted(by_shots), [by_shots[number] for number in sorted(by_shots)]
+    axes.plot(shots, [interval.value for interval in intervals], marker="o", markersize=3, label=label)
+    axes.fill_between(shots, [one.low for one in intervals], [one.high for one in intervals], alpha=0.12)
+
+
+def _by_last_value(report: ArenaReport, task: Task, shots: Sequence[int]) -> list[str]:
+    return [summary.variant for summary in ranked(report.summaries, task, shots[-1], PRIMARY[task])]

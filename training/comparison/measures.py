@@ -1,0 +1,186 @@
+"""The measures of an arena: what they are called, which direction is better, and how they are read from run directories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.errors import InputError
+from pipelines.run_options import Task
+from training.comparison.cells import Cell
+from training.fewshot.trials import stored_bytes
+from training.runs.arena_files import Observation
+from training.runs.fewshot_files import FewShotReport, TrialResult
+from training.runs.record import RunRecord
+from training.runs.run_files import CALIBRATING, TRAINING, DryRunReport
+from training.runs.subject_files import SubjectEvaluation
+
+Direction = Literal["higher", "lower"]
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure.
+
+    Args:
+        name: in the files.
+        title: its name for people.
+        better: the direction that is better; None for a measure that is a property.
+        form: of its values, as of `format`.
+        explanation: what it is, in a sentence.
+    """
+
+    name: str
+    title: str
+    better: Direction | None
+    form: str
+    explanation: str
+
+    def text(self, value: float) -> str:
+        """The value for people."""
+        return format(value, self.form)
+
+
+COSTS = (
+    Measure("parameters", "parameters", "lower", ",.0f", "trained parameters"),
+    Measure("bytes", "file, bytes", "lower", ",.0f", "the smallest native file of the adapter"),
+    Measure("seconds", "seconds", "lower", ",.1f", "of the training, without measurements and exports"),
+    Measure("peak_memory", "peak memory, MB", "lower", ",.0f", "of the process on a CPU, of tensors on a GPU"),
+    Measure("seconds_to_quality", "seconds to quality", "lower", ",.1f", "until the reference's final quality is reached"),
+)
+MEASURES: dict[Task, tuple[Measure, ...]] = {
+    "subject": (
+        Measure(
+            "heldout_loss", "held-out loss", "lower", ".4f", "denoising loss on the photo that was left out, with fixed noise"
+        ),
+        Measure(
+            "image_similarity", "image-image", "higher", ".3f", "similarity of generated images to the photo that was left out"
+        ),
+        Measure("text_similarity", "image-text", "higher", ".3f", "similarity of generated images to their prompts"),
+        Measure(
+            "copying",
+            "copying",
+            "lower",
+            ".3f",
+            "similarity to the nearest training photo minus that to the photo that was left out",
+        ),
+        Measure(
+            "drift", "drift", "lower", ".3f", "change of images of unrelated prompts, adapter on against off, with equal noise"
+        ),
+        *COSTS,
+    ),
+    "few-shot": (
+        Measure("top1", "top-1", "higher", ".1%", "accuracy on test images"),
+        Measure("calibration_error", "calibration error", "lower", ".3f", "expected calibration error on test images"),
+        Measure("harmonic_mean", "base-to-new", "higher", ".1%", "harmonic mean of the accuracies on trained and on new classes"),
+        Measure("below_zero_shot", "below zero-shot", "lower", ".0%", "share of the splits with a lower accuracy than zero-shot"),
+        *COSTS,
+    ),
+}
+# The measure by which methods are ranked.
+PRIMARY: dict[Task, str] = {"subject": "heldout_loss", "few-shot": "top1"}
+# The measures that methods are compared by in pairs.
+TESTED: dict[Task, tuple[str, ...]] = {"subject": ("heldout_loss", "image_similarity", "text_similarity"), "few-shot": ("top1",)}
+
+
+def measure_named(task: Task, name: str) -> Measure:
+    """The measure called `name`."""
+    return next(measure for measure in MEASURES[task] if measure.name == name)
+
+
+def validation_score(task: Task, folder: Path) -> float:
+    """The score by which a learning rate is chosen, lower is better: the validation loss relative to the base model's, or the
+    share of validation images that are classified wrongly.
+
+    Raises: InputError if the run in `folder` has no validation.
+    """
+    if task == "subject":
+        losses = _heldout_losses(folder)
+        if len(losses) < 2:
+            raise InputError(f"{str(folder)!r} has no held-out losses. Delete the folder to run the cell again.")
+        return losses[-1] / losses[0]
+    results = _report(folder).trials
+    return 1 - sum(result.validation.top1 for result in results) / len(results)
+
+
+def seconds_per_step(task: Task, folder: Path) -> float:
+    """The pace that a cell has measured."""
+    if task == "subject":
+        return DryRunReport.read(folder).seconds_per_step
+    (result,) = _report(folder).trials
+    return result.seconds / result.setting["steps"]
+
+
+def observations_of(cell: Cell, arena: Path) -> Iterator[Observation]:
+    """The measures of a cell that has ended well."""
+    folder = cell.folder(arena)
+    name = str(folder.relative_to(arena))
+    if cell.task == "subject":
+        values, curve = _subject_values(folder), _loss_curve(folder)
+        yield Observation(cell.task, cell.dataset, cell.variant, None, cell.seed, values, name, curve)
+        return
+    for result in _report(folder).trials:
+        values = _base_to_new_values(result) if cell.purpose == "base-to-new" else _fewshot_values(result)
+        if values:
+            curve = _accuracy_curve(folder / result.folder)
+            yield Observation(cell.task, cell.dataset, cell.variant, result.shots, result.seed, values, name, curve)
+
+
+def _report(folder: Path) -> FewShotReport:
+    report = FewShotReport.read(folder)
+    if report is None:
+        raise InputError(f"{str(folder)!r} has no {FewShotReport.NAME}. Delete the folder to run the cell again.")
+    return report
+
+
+def _heldout_losses(folder: Path) -> list[float]:
+    return [line.values["heldout_loss"] for line in RunRecord(folder).metrics() if "heldout_loss" in line.values]
+
+
+def _subject_values(folder: Path) -> dict[str, float]:
+    """The measures of a subject's run."""
+    evaluation, status = SubjectEvaluation.read(folder), RunRecord(folder).status()
+    if evaluation is None:
+        raise InputError(f"{str(folder)!r} has no {SubjectEvaluation.NAME}. Delete the folder to run the cell again.")
+    names = ("heldout_loss", "image_similarity", "text_similarity", "copying", "drift")
+    phases = {phase.name: phase.seconds or 0.0 for phase in status.plan or ()}
+    costs = {
+        "parameters": status.num_trainable_parameters,
+        "bytes": stored_bytes(folder),
+        "seconds": phases.get(CALIBRATING, 0.0) + phases.get(TRAINING, 0.0),
+        "peak_memory": DryRunReport.read(folder).peak_memory / MB,
+    }
+    return {name: getattr(evaluation, name) for name in names} | costs
+
+
+def _fewshot_values(result: TrialResult) -> dict[str, float]:
+    """The measures of a trial."""
+    return {
+        "top1": result.test.top1.value,
+        "calibration_error": result.calibrated.calibration_error,
+        "below_zero_shot": float(result.test.top1.value < result.zero_shot_top1),
+        "parameters": result.num_trainable_parameters,
+        "bytes": result.stored_bytes,
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory / MB,
+    }
+
+
+def _base_to_new_values(result: TrialResult) -> dict[str, float]:
+    """The measure of a trial on half of the classes; none for a method that cannot add classes."""
+    return {} if result.new_classes is None else {"harmonic_mean": result.new_classes.harmonic_mean}
+
+
+def _loss_curve(folder: Path) -> list[tuple[float, float]]:
+    """The held-out loss by the seconds since it was first measured."""
+    lines = [line for line in RunRecord(folder).metrics() if "heldout_loss" in line.values]
+    return [(line.time - lines[0].time, line.values["heldout_loss"]) for line in lines]
+
+
+def _accuracy_curve(folder: Path) -> list[tuple[float, float]]:
+    """The validation accuracy by the seconds of the training."""
+    lines = [line.values for line in RunRecord(folder).metrics() if "validation_top1" in line.values]
+    return [(values["seconds"], values["validation_top1"]) for values in lines]

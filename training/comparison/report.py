@@ -1,0 +1,131 @@
+"""The report of an arena as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pipelines.run_options import Task
+from pipelines.tables import harmless
+from pipelines.text_files import write_text_atomically
+from training.comparison.analysis import all_measures, mean_of, ranked
+from training.comparison.measures import MEASURES, PRIMARY, TESTED, measure_named
+from training.comparison.verdict import TASK_NAMES, comparison_of
+from training.runs.arena_files import ArenaReport, MeasureSummary
+
+MARKDOWN, OBSERVATIONS = "README.md", "observations.csv"
+
+
+def write_report(report: ArenaReport, folder: Path, figures: dict[Task, Sequence[str]]) -> None:
+    """Write arena.json, README.md and observations.csv into `folder`.
+
+    Args:
+        figures: names of the figures of each task, in `folder`.
+    """
+    report.write(folder)
+    write_observations(report, folder / OBSERVATIONS)
+    write_text_atomically(folder / MARKDOWN, markdown(report, figures))
+
+
+def write_observations(report: ArenaReport, path: Path) -> None:
+    """One row for each measure of each variant on each split."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "dataset", "variant", "shots", "seed", "measure", "value", "run"])
+        for one in report.observations:
+            for name, value in one.values.items():
+                row = [one.task, one.dataset, one.variant, one.shots, one.seed, name, value, one.cell]
+                writer.writerow([harmless(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+def markdown(report: ArenaReport, figures: dict[Task, Sequence[str]]) -> str:
+    """The report for people."""
+    budget = f"{report.max_train_steps} steps" if report.max_train_steps else f"{report.max_train_seconds:g} seconds"
+    lines = ["# Arena", "", f"Every method was trained for {budget}, with a learning rate chosen on validation data."]
+    for task in MEASURES:
+        if any(summary.task == task for summary in report.summaries):
+            lines += ["", *_section(report, task, figures.get(task, ()))]
+    if report.failed:
+        lines += ["", "## Without a result", "", *(f"- {name}: {reason}" for name, reason in report.failed.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterator[str]:
+    yield f"## {TASK_NAMES[task].capitalize()}"
+    yield ""
+    yield " ".join(report.verdict.get(task, ("There are no two methods to compare.",)))
+    shots = sorted({s.shots for s in report.summaries if s.task == task and s.shots is not None}) or [None]
+    for number in shots:
+        yield ""
+        yield from _means(report, task, number)
+    yield ""
+    yield from _by_dataset(report, task, shots[-1])
+    yield ""
+    yield from _tests(report, task, shots[-1])
+    for figure in figures:
+        yield ""
+        yield f"![{figure}]({figure})"
+    yield ""
+    yield "Measures: " + "; ".join(f"{m.title}: {m.explanation}" for m in MEASURES[task]) + "."
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (titles, ["---"] * len(titles), *rows)
+    ]
+
+
+def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
+    """Every measure of every variant, the mean over all datasets and seeds; the best variant first."""
+    names = all_measures(task, [s for s in report.summaries if s.shots == shots])
+    if shots is not None:
+        yield f"{shots} {'shot' if shots == 1 else 'shots'}:"
+        yield ""
+    order = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
+    rows = ([variant, *(_mean(report, task, shots, name, variant) for name in names)] for variant in order)
+    yield from table(["method", *(measure_named(task, name).title for name in names)], rows)
+
+
+def _mean(report: ArenaReport, task: Task, shots: int | None, name: str, variant: str) -> str:
+    summary, measure = mean_of(report.summaries, task, shots, name, variant), measure_named(task, name)
+    if summary is None:
+        return ""
+    return _with_interval(summary, task) if name in TESTED[task] else measure.text(summary.interval.value)
+
+
+def _with_interval(summary: MeasureSummary, task: Task) -> str:
+    text, interval = measure_named(task, summary.measure).text, summary.interval
+    return f"{text(interval.value)} ({text(interval.low)} to {text(interval.high)})"
+
+
+def _by_dataset(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
+    """The primary measure on each dataset."""
+    name = PRIMARY[task]
+    chosen = [s for s in report.summaries if (s.task, s.shots, s.measure) == (task, shots, name) and s.dataset is not None]
+    datasets = list(dict.fromkeys(summary.dataset for summary in chosen))
+    cells = {(summary.variant, summary.dataset): _with_interval(summary, task) for summary in chosen}
+    order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
+    yield f"{measure_named(task, name).title} on each dataset, with the interval over its seeds:"
+    yield ""
+    yield from table(["method", *datasets], ([v, *(cells.get((v, dataset), "") for dataset in datasets)] for v in order))
+
+
+def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
+    """The paired tests of every variant against the best one, by the primary measure."""
+    name = PRIMARY[task]
+    order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
+    text = measure_named(task, name).text
+    yield f"Paired differences to {order[0]} (Wilcoxon's signed-rank test, adjusted by Holm's method for all pairs):"
+    yield ""
+    rows = []
+    for variant in order[1:]:
+        comparison = comparison_of(report.comparisons, task, shots, name, frozenset((variant, order[0])))
+        if comparison is not None:
+            sign = 1 if comparison.first == variant else -1
+            interval = comparison.difference
+            bounds = sorted((sign * interval.low, sign * interval.high))
+            difference = f"{text(sign * interval.value)} ({text(bounds[0])} to {text(bounds[1])})"
+            rows.append([variant, difference, str(comparison.count), f"{comparison.adjusted_p:.3g}"])
+    yield from table(["method", "difference", "splits", "adjusted p"], rows)

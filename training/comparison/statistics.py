@@ -1,0 +1,68 @@
+"""Intervals and paired tests over datasets and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from pipelines.fewshot.metric_values import Interval
+
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+
+def bootstrap_interval(values: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
+    """The mean over datasets and seeds, with the interval of a bootstrap over both.
+
+    Each resample takes as many datasets with replacement, and as many seeds of each with replacement [Davison and Hinkley 1997,
+    section 3.8]. With a single dataset, the seeds alone are resampled. The bounds are percentiles.
+
+    Args:
+        values: of each dataset, one for each seed.
+        seed: of the resampling.
+    """
+    groups = [np.asarray(group, dtype=float) for group in values.values()]
+    rng = np.random.default_rng(seed)
+    # (datasets, resamples, datasets of a resample): means of resampled seeds, anew for each occurrence of a dataset.
+    means = np.stack([rng.choice(group, (RESAMPLES, len(groups), len(group))).mean(axis=-1) for group in groups])
+    chosen = rng.integers(len(groups), size=(RESAMPLES, len(groups)))
+    resampled = np.take_along_axis(means, chosen[None], axis=0)[0].mean(axis=1)
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+
+
+def signed_rank_p(differences: Sequence[float]) -> float:
+    """The two-sided p-value of Wilcoxon's signed-rank test that paired `differences` are symmetric about 0; 1 if all are 0."""
+    if not np.any(differences):
+        return 1.0
+    return float(wilcoxon(differences, zero_method="zsplit").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in the given order [Holm 1979].
+
+    adjusted_(k) = max over j <= k of min(1, (m - j + 1) p_(j));  p_(1) <= ... <= p_(m)
+    """
+    values = np.asarray(p_values, dtype=float)
+    order = np.argsort(values, kind="stable")
+    scaled = np.minimum(1.0, values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(scaled)
+    return adjusted.tolist()
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that no other point beats: none has at most their cost and a higher quality, or less cost and the
+    same quality; by rising cost.
+
+    Args:
+        points: cost and quality of each name; a higher quality is better.
+    """
+    front: list[str] = []
+    best = -np.inf
+    for name, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if quality > best:
+            front.append(name)
+            best = quality
+    return front

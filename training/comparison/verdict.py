@@ -1,0 +1,103 @@
+"""The verdict of an arena on each task, in three sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.run_options import Task
+from training.comparison.analysis import mean_of, ranked
+from training.comparison.measures import PRIMARY, measure_named
+from training.comparison.statistics import CONFIDENCE
+from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
+
+SIGNIFICANT = 1 - CONFIDENCE
+# Of the best image-image similarity, the share that the copying of a subject is judged by.
+TASK_NAMES: dict[Task, str] = {"subject": "subjects", "few-shot": "labelled datasets"}
+
+
+def verdict_of(report: ArenaReport, task: Task) -> list[str]:
+    """Which method is best, which is the smallest that is not measurably worse, and what speaks against them.
+
+    Empty if fewer than two variants have results.
+    """
+    shots = largest_shots(report.summaries, task)
+    ranking = ranked(report.summaries, task, shots, PRIMARY[task])
+    if len(ranking) < 2:
+        return []
+    best = ranking[0].variant
+    equal = [one.variant for one in ranking[1:] if not _is_worse(report.comparisons, task, shots, one.variant, best)]
+    return [
+        _best(report, task, shots, ranking, equal),
+        _smallest(report, task, shots, best, equal),
+        _caveat(report, task, shots, best),
+    ]
+
+
+def largest_shots(summaries: Sequence[MeasureSummary], task: Task) -> int | None:
+    """The most shots that were measured; None for a task without shots."""
+    shots = [summary.shots for summary in summaries if summary.task == task and summary.shots is not None]
+    return max(shots, default=None)
+
+
+def comparison_of(
+    comparisons: Sequence[PairedComparison], task: Task, shots: int | None, measure: str, pair: frozenset[str]
+) -> PairedComparison | None:
+    """The comparison of the two variants in `pair`; None if they share no split."""
+    wanted = (task, shots, measure, pair)
+    return next((c for c in comparisons if (c.task, c.shots, c.measure, frozenset((c.first, c.second))) == wanted), None)
+
+
+def _is_worse(comparisons: Sequence[PairedComparison], task: Task, shots: int | None, variant: str, best: str) -> bool:
+    comparison = comparison_of(comparisons, task, shots, PRIMARY[task], frozenset((variant, best)))
+    return comparison is not None and comparison.adjusted_p < SIGNIFICANT
+
+
+def _best(report: ArenaReport, task: Task, shots: int | None, ranking: Sequence[MeasureSummary], equal: Sequence[str]) -> str:
+    measure = measure_named(task, PRIMARY[task])
+    winner, interval = ranking[0].variant, ranking[0].interval
+    at = f" at {shots} shots" if shots is not None else ""
+    bounds = f"{measure.text(interval.value)}, 95% interval {measure.text(interval.low)} to {measure.text(interval.high)}"
+    count = len(ranking) - 1
+    if not equal:
+        rest = "and the difference to every other method is significant"
+    elif len(equal) == count:
+        rest = "but no difference between it and another method is significant"
+    else:
+        rest = f"but the difference to {len(equal)} of the other {count} methods is not significant"
+    return f"{winner} has the best {measure.title} on the {TASK_NAMES[task]}{at} ({bounds}), {rest}."
+
+
+def _smallest(report: ArenaReport, task: Task, shots: int | None, best: str, equal: Sequence[str]) -> str:
+    parameters = {
+        name: summary.interval.value
+        for name in (best, *equal)
+        if (summary := mean_of(report.summaries, task, shots, "parameters", name)) is not None
+    }
+    smallest = min(parameters, key=parameters.__getitem__)
+    size = f"{parameters[smallest]:,.0f} trained parameters"
+    if smallest == best:
+        return f"It is also the smallest of the methods that are not significantly worse, with {size}."
+    share = parameters[smallest] / parameters[best]
+    return f"The smallest method that is not significantly worse is {smallest}, with {size}, {share:.1%} of those of {best}."
+
+
+def _caveat(report: ArenaReport, task: Task, shots: int | None, best: str) -> str:
+    """Where another method is better than the best one, by another measure."""
+    if task == "few-shot":
+        below = mean_of(report.summaries, task, shots, "below_zero_shot", best)
+        new = ranked(report.summaries, task, shots, "harmonic_mean")
+        if new and new[0].variant != best:
+            return (
+                f"For classes that it was not trained on, {new[0].variant} is better (base-to-new {new[0].interval.value:.1%})."
+            )
+        share = 0.0 if below is None else below.interval.value
+        return f"It was below zero-shot on {share:.0%} of the splits."
+    leaders = {name: ranked(report.summaries, task, shots, name) for name in ("text_similarity", "copying", "drift")}
+    others = [
+        f"{measure_named(task, name).title} ({order[0].variant})"
+        for name, order in leaders.items()
+        if order and order[0].variant != best
+    ]
+    if not others:
+        return "It also follows prompts best, copies its training photos least and changes other images least."
+    return f"Other methods are better by {', '.join(others)}."

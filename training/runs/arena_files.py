@@ -1,0 +1,147 @@
+"""The files of an arena's directory: one for each cell, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pipelines.fewshot.metric_values import Interval
+from pipelines.run_file import RunFile
+from pipelines.run_options import Task
+
+CELLS = "cells"
+Purpose = Literal["pace", "sweep", "final", "base-to-new"]
+State = Literal["running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class CellRecord(RunFile):
+    """How a cell was started and how it ended; the file is in the cell's run directory.
+
+    Args:
+        task, dataset, variant, purpose, learning_rate, seed: of the cell, see `training.comparison.cells.Cell`.
+        command: the words of the command.
+        state: "running" until it has ended, then "done" or "failed".
+        reason: why it failed.
+        host, pid, pid_started: the computer and the process that ran the command last, and when it was started, as psutil says.
+        attempts: how often the command was started.
+    """
+
+    NAME: ClassVar[str] = "cell.json"
+
+    task: Task
+    dataset: str
+    variant: str
+    purpose: Purpose
+    learning_rate: float | None
+    seed: int | None
+    command: Sequence[str]
+    state: State
+    reason: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    pid_started: float | None = None
+    attempts: int = 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The measures of one variant on one split.
+
+    Args:
+        dataset: a subject's name, or a labelled dataset's.
+        shots: training images per class; None for a subject.
+        values: by the name of the measure, see `training.comparison.measures`; a measure that does not apply is missing.
+        cell: the run directory, relative to the arena's.
+        curve: seconds since the start of the training, and the quality then: the held-out loss, or the validation accuracy.
+    """
+
+    task: Task
+    dataset: str
+    variant: str
+    shots: int | None
+    seed: int
+    values: Mapping[str, float]
+    cell: str
+    curve: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class MeasureSummary:
+    """The mean of a measure over all datasets and seeds, or over the seeds of one dataset.
+
+    Args:
+        dataset: None for the mean over all.
+        interval: the mean, with the 95% interval of a bootstrap over datasets and seeds.
+        count: the number of observations.
+    """
+
+    task: Task
+    dataset: str | None
+    variant: str
+    shots: int | None
+    measure: str
+    interval: Interval
+    count: int
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """A paired test between two variants on the splits that both were measured on.
+
+    Args:
+        difference: the mean of `first` minus `second`, with the 95% interval of a bootstrap over datasets and seeds.
+        count: the number of splits.
+        p: of Wilcoxon's signed-rank test, two-sided.
+        adjusted_p: corrected by Holm's method for all pairs of variants.
+    """
+
+    task: Task
+    shots: int | None
+    measure: str
+    first: str
+    second: str
+    difference: Interval
+    count: int
+    p: float
+    adjusted_p: float
+
+
+@dataclass(frozen=True)
+class ArenaReport(RunFile):
+    """The results of an arena.
+
+    Args:
+        variants: labels in the order in which they were given.
+        max_train_steps: steps of each training; None with a budget of seconds.
+        max_train_seconds: of each training; None with a budget of steps.
+        rates: the learning rates that were chosen, by "task/dataset" and variant; a method without a rate has none.
+        failed: the reason for each variant that failed, by "task/variant".
+        verdict: sentences for each task.
+    """
+
+    NAME: ClassVar[str] = "arena.json"
+
+    variants: Sequence[str]
+    max_train_steps: int | None
+    max_train_seconds: float | None
+    observations: Sequence[Observation] = ()
+    summaries: Sequence[MeasureSummary] = ()
+    comparisons: Sequence[PairedComparison] = ()
+    rates: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    verdict: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Make the nested values objects."""
+
+        def with_interval(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+            return {**content, name: Interval(**content[name])}
+
+        return values | {
+            "observations": tuple(Observation(**one) for one in values.get("observations", ())),
+            "summaries": tuple(MeasureSummary(**with_interval(one, "interval")) for one in values.get("summaries", ())),
+            "comparisons": tuple(PairedComparison(**with_interval(one, "difference")) for one in values.get("comparisons", ())),
+        }
