@@ -158,11 +158,12 @@ def _default(action: argparse.Action) -> str:
 def _recipe(kind: str) -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
-    import training.options
-    import training.options.fewshot
+    from training.options import SubjectOptions
+    from training.options.arena import ArenaOptions
     from training.options.command_line import groups_of
+    from training.options.fewshot import FewShotOptions
 
-    options = {"subject": training.options.SubjectOptions, "few-shot": training.options.fewshot.FewShotOptions}[kind]
+    options = {"subject": SubjectOptions, "few-shot": FewShotOptions, "arena": ArenaOptions}[kind]
     return HfArgumentParser(tuple(groups_of(options).values()))
 
 
@@ -181,6 +182,7 @@ def _app() -> argparse.ArgumentParser:
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "train": lambda: _recipe("subject"),
     "fewshot": lambda: _recipe("few-shot"),
+    "arena": lambda: _recipe("arena"),
     "generate": lambda: _dataclass("pipelines.subject.generate", "GenerationOptions"),
     "classify": lambda: _dataclass("pipelines.fewshot.classify", "ClassifyOptions"),
     "check_images": lambda: _dataclass("pipelines.subject.image_checks", "ImageCheckOptions"),

@@ -11,6 +11,7 @@ COMMANDS = (
     "training.dreambooth_nora",
     "training.fewshot_nora",
     "training.pretrain_mini",
+    "training.arena",
     "pipelines.subject.generate",
     "pipelines.fewshot.classify",
     "pipelines.subject.image_checks",
