@@ -174,10 +174,13 @@ class SubjectTraining:
 
     def sample_base_model(self) -> list[Image.Image]:
         """Generate the base model's samples; they and some training images are saved at once, unless they were before."""
+        if self.run.writes and not self.run.subject.exists():
+            save_subject(self.run, self.displayed)
+        if not self.options.output.validation_images:
+            return []
         self.run.begin(SAMPLING)
         before = self.sampler.generate()
         if self.run.writes and not self.run.samples_at(0).exists():
-            save_subject(self.run, self.displayed)
             self.sampler.save(self.run, 0, before)
         return before
 
@@ -201,9 +204,7 @@ class SubjectTraining:
         limit = self.options.output.memory_limit_gb
         run_dry_run(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
         if (report := DryRunReport.read(self.run.path)) is not None and not self.options.output.dry_run:
-            sampling, loading = map(self.run.progress.measured, (SAMPLING, LOADING))
-            image = report.seconds_per_step / self.options.optimisation.images_per_step
-            pace = plan.Pace(image, sampling / len(self.options.output.validation_prompt), loading)
+            pace = plan.Pace.of(report, self.options.to_dict(), self.run.progress.measured)
             self.run.progress.estimate(plan.estimated_seconds(self.options, pace))
 
     def start(self) -> None:
@@ -253,12 +254,12 @@ class SubjectTraining:
             leave_one_out(self.accelerator, self.run, self.loss, folds, on, loop_options(self.options), every, self.batch_size)
 
     def start_validation(self, before: Sequence[Image.Image]) -> ValidationCallback:
-        """The validation during training, whose scores start with the samples `before` of the base model."""
+        """The validation during training, whose scores start with the samples `before` of the base model, if there are any."""
         self.run.begin(TRAINING)
         with summon_full_params(self.loss):
             model = self.options.validation.image_scorer
             scorer = None
-            if self.run.writes:
+            if self.run.writes and (before or self.options.validation.evaluate):
                 scorer = create_image_scorer(model, self.pipeline, self.displayed, before, self.resolution, self.batch_size)
             subject, heldout = self.encoded.subject, self.encoded.heldout
             validation = ValidationCallback(
@@ -271,8 +272,11 @@ class SubjectTraining:
         """Train to the end; the adapter then holds its moving average if there is one."""
         trainable = self._trainable(self.encoded.subject, self.class_images)
         every = self.options.validation.measured_every(self.options.optimisation.max_train_steps)
-        samples = Periodic(self.options.output.validation_steps, validation.show, validation.sample)
-        train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, validation.measure), samples])
+        actions = [Periodic(every, validation.measure)]
+        if self.options.output.validation_images:
+            actions.append(Periodic(self.options.output.validation_steps, validation.show, validation.sample))
+        train(self.accelerator, self.run, trainable, loop_options(self.options), actions)
+        self.run.update_status(peak_memory=self.peak.read())
         if trainable.ema is not None:
             trainable.ema.copy_to(trainable_parameters(trainable.optimizer))
         self.method = trainable.method

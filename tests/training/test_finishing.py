@@ -7,8 +7,12 @@ import pytest
 from safetensors.torch import load_file
 from subject_runs import are_equal, parameters
 
+from pipelines.errors import InputError
 from pipelines.subject.scores import ImageScores
 from training import dreambooth_nora
+from training.options import SubjectOptions
+from training.options.output import OutputOptions
+from training.options.validation import ValidationOptions
 from training.runs.run import RunDirectory
 from training.subject import finishing, samples
 from training.subject.measured import heldout_curve
@@ -107,4 +111,26 @@ def test_the_images_of_the_recommended_step_are_generated_once(trainer, tmp_path
     monkeypatch.setattr(samples, "generate", lambda *given: drawn.append(given) or draw(*given))
     run = trainer.run(tmp_path / "run", *MEASURED)
     assert run.status().suggested_step == 1
-    assert len(drawn) == len(["before", "step 2", "step 4", "after", "step 1"])
+    assert len(drawn) == len(["before", "step 2", "step 4", "step 1"])
+
+
+def test_without_validation_images_nothing_is_generated_and_the_loss_recommends_a_step(
+    trainer, tmp_path, overfitting, monkeypatch
+):
+    monkeypatch.setattr(samples, "generate", lambda *_: pytest.fail("generated"))
+    run = trainer.run(tmp_path / "run", *MEASURED, "--no_validation_images")
+    assert run.status().suggested_step == 1
+    assert (run.path / "suggested" / "diffusers").is_dir()
+    assert sorted(path.name for path in run.samples.iterdir()) == ["subject"]
+    assert not (run.path / "before_after.png").exists()
+    assert "before_after.png" not in (run.path / "README.md").read_text()
+    assert not any("subject_score" in line.values for line in run.metrics())
+    phases = {phase.name: phase.seconds for phase in run.status().plan}
+    assert "sampling" not in phases
+    assert phases["training"] > 0
+    assert run.status().peak_memory >= json.loads((run.path / "dry_run.json").read_text())["peak_memory"]
+
+
+def test_checkpoints_are_not_compared_without_validation_images():
+    with pytest.raises(InputError, match=r"num_candidate_images must be 0 with --no_validation_images, got 2"):
+        SubjectOptions(output=OutputOptions(validation_images=False), validation=ValidationOptions(num_candidate_images=2))

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from training.options import SubjectOptions
+from training.options.output import OutputOptions
 from training.options.validation import UNRELATED_PROMPTS, ValidationOptions
 from training.runs.progress import PlannedPhase, RunProgress
 from training.runs.run import RunDirectory
@@ -12,7 +13,6 @@ from training.runs.run_files import (
     COMPARING,
     CROSS_VALIDATION,
     EVALUATING,
-    EXPORTING,
     LOADING,
     SAMPLING,
     TRAINING,
@@ -98,6 +98,16 @@ def test_phases_of_unknown_length_that_are_repeated_count_alike(clock):
     assert looked(progress) == (0.625, None)
 
 
+def test_at_the_end_every_phase_has_its_measured_duration(clock):
+    progress = planned(clock, 10.0, 20.0, 30.0)
+    progress.enter("a")
+    clock.now = 4.0
+    progress.enter("c")
+    clock.now = 9.0
+    progress.end()
+    assert [phase.seconds for phase in progress.plan] == [4.0, 0.0, 5.0]
+
+
 def test_the_status_of_a_run_has_the_progress_of_its_parts(tmp_path):
     run = RunDirectory.create(tmp_path, {})
     run.plan([PlannedPhase(CROSS_VALIDATION, 10.0, number) for number in (1, 2)] + [PlannedPhase(TRAINING, 20.0)])
@@ -125,9 +135,11 @@ def test_a_subject_s_run_plans_its_folds_and_estimates_every_phase():
     assert seconds[TRAINING] > options.optimisation.max_train_steps * 0.5
     assert seconds[CROSS_VALIDATION] > fold_steps(options.optimisation.max_train_steps) * 0.5
     sampling = len(options.output.validation_prompt) * 2.0
-    assert seconds[EXPORTING] > sampling
-    # Each candidate is generated and scored, and the recommended step may be generated once more.
-    assert seconds[COMPARING] > (options.validation.num_candidate_images + 1) * sampling
+    # Each candidate is generated and scored.
+    assert seconds[COMPARING] > options.validation.num_candidate_images * sampling
+    without = SubjectOptions(output=OutputOptions(validation_images=False))
+    assert SAMPLING not in {phase.name for phase in phases(without, 0)}
+    assert estimated_seconds(without, Pace(0.5, 2.0, 3.0))[COMPARING] == seconds[COMPARING] - 1.5 * 4 * sampling
 
 
 def test_a_run_expects_the_pace_of_the_newest_finished_one_with_its_base_model(tmp_path):
@@ -150,3 +162,10 @@ def test_a_run_expects_the_pace_of_the_newest_finished_one_with_its_base_model(t
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "status.json").write_text("no status")
     assert expected_pace(tmp_path, "owner/model") == Pace(image=0.2, sample=2.5, loading=3.0)
+
+
+def test_the_time_of_an_image_is_estimated_from_the_training_in_a_run_without_validation_images():
+    options = {"optimisation": {"train_batch_size": 4, "gradient_accumulation_steps": 1}, "output": {"validation_prompt": ["x"]}}
+    # 50 passes, each a third of a training step on an image.
+    pace = Pace.of(DryRunReport(1, 0.24, 8.0, 1, 1, 1, 1, None), options, {LOADING: 3.0, SAMPLING: 0.0}.__getitem__)
+    assert pace == Pace(image=pytest.approx(0.06), sample=pytest.approx(1.0), loading=3.0)

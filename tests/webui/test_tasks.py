@@ -146,7 +146,7 @@ def minutes(line):
 
 
 def test_the_line_beside_train_says_what_it_will_do(workspace, tmp_path):
-    assert SubjectPlan(workspace, of_example(preset="Fast")).describe() == "sks toy · Fast · demo model · about 85 seconds"
+    assert SubjectPlan(workspace, of_example(preset="Fast")).describe() == "sks toy · Fast · demo model · about 80 seconds"
     changed = of_example(preset="Fast", options={"adapter": {"rank": "8"}, "optimisation": {"seed": "3"}})
     assert " · Fast · 2 settings changed · demo model · " in SubjectPlan(workspace, changed).describe()
     key = colour_set(workspace, tmp_path / "given").id

@@ -45,7 +45,7 @@ class SubjectOptions:
             self.data.size_conditioning = "target" if built_in else "image"
         if self.adapter.target_modules is None:
             self.adapter.target_modules = default_targets(self.adapter.method, built_in)
-        self.validation.fill_in(built_in)
+        self.validation.fill_in(built_in, self.output.validation_images)
         self._check_text_encoders()
         self._check_rates()
         self.adapter.check_quantization(self.model.quantize)

@@ -43,6 +43,10 @@ class OutputOptions(RunOptions):
             "help": "Prompts of the images generated before, during and after training. Default: the subject in new scenes."
         },
     )
+    validation_images: bool = field(
+        default=True,
+        metadata={"help": "Generate and score validation images. Without them, the held-out loss alone recommends a step."},
+    )
     validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of validation images."})
     dry_run: bool = field(
         default=False,

@@ -88,18 +88,25 @@ class ValidationOptions:
         if not self.push_to_hub and (self.hub_model_id is not None or self.hub_token is not None):
             raise InputError("hub_model_id and hub_token need --push_to_hub: nothing is uploaded without it.")
 
-    def fill_in(self, built_in: bool) -> None:
-        """Set the defaults that depend on whether the base model is `built_in`.
+    def fill_in(self, built_in: bool, with_images: bool = True) -> None:
+        """Set the defaults that depend on whether the base model is `built_in` and there are validation images.
 
         The built-in CLIP was trained on 64-pixel images like those of the built-in base model. Other base models generate
         images unlike its training data, and a better CLIP is not downloaded unasked, so the base model itself scores them.
         They also take longer to generate, so fewer are compared.
+
+        Raises: InputError if checkpoints are to be compared without validation images.
         """
         if self.image_scorer is None:
             has_scorer = built_in and (BUILT_IN_CLIP / CLIP_WEIGHTS).is_file()
             self.image_scorer = BUILT_IN_CLIP_NAME if has_scorer else BASE_SCORER
         if self.num_candidate_images is None:
-            self.num_candidate_images = BUILT_IN_CANDIDATES if built_in else CANDIDATES
+            self.num_candidate_images = (BUILT_IN_CANDIDATES if built_in else CANDIDATES) if with_images else 0
+        if self.num_candidate_images and not with_images:
+            raise InputError(
+                f"num_candidate_images must be 0 with --no_validation_images, got {self.num_candidate_images}: saved adapters "
+                "are compared by their validation images. Leave one of the two out."
+            )
 
     def measured_every(self, max_train_steps: int) -> int:
         """Steps between two measurements in a training of `max_train_steps`."""

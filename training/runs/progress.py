@@ -14,7 +14,8 @@ class PlannedPhase:
 
     Args:
         name: as in `RunStatus.phase`.
-        seconds: its duration: an estimate, or measured once it has ended; None before either.
+        seconds: its duration: an estimate, or measured once it has ended; None before either. Of a run that is done, all are
+            measured, those of its last session.
         number: from 1, of a phase that is repeated, such as the folds of cross-validation.
     """
 
@@ -35,7 +36,7 @@ class RunProgress:
         self.share: float | None = None
         self._clock = clock
         self._current, self._first, self._fraction = -1, 0.0, 0.0
-        self._began = clock()
+        self._began, self._begun = clock(), set[int]()
 
     def expect(self, plan: Sequence[PlannedPhase], share: float | None = None) -> None:
         """Set the phases in order; those that have begun stay as they are.
@@ -71,6 +72,13 @@ class RunProgress:
         if self._current >= 0:
             self.plan[self._current] = replace(self.plan[self._current], seconds=now - self._began)
         self._current, self._began, self._first, self._fraction = index, now, 0.0, 0.0
+        self._begun.add(index)
+
+    def end(self) -> None:
+        """End the run: every phase then has its measured duration, 0 if it was skipped."""
+        if self._current >= 0:
+            self.plan[self._current] = replace(self.plan[self._current], seconds=self._clock() - self._began)
+        self.plan = [phase if index in self._begun else replace(phase, seconds=0.0) for index, phase in enumerate(self.plan)]
 
     def reach(self, fraction: float, first: float = 0.0) -> None:
         """Report that `fraction` of the current phase is done, of which a session before has done `first`."""

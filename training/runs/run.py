@@ -124,7 +124,9 @@ class Recording:
             for tracker in self.run.trackers:
                 tracker.finish()
         if error is None:
-            self.run.update_status(state="done", phase="done", share=1.0, seconds_left=0.0)
+            self.run.progress.end()
+            plan = self.run.progress.plan or None
+            self.run.update_status(state="done", phase="done", share=1.0, seconds_left=0.0, plan=plan)
             return
         full = isinstance(error, OSError) and is_disk_full(error)
         reported = DiskFullError(self._full_disk()) if full else error

@@ -64,7 +64,7 @@ class RunStatus(RunFile):
         expected_left_out: how much of the weight change an exported LoRA is expected to leave out, as a share of its norm; None
             for an exact export.
         quantization_errors: ||Q(W) - W|| / ||W|| of the base model's quantised components, by name.
-        num_trainable_parameters, suggested_step, seconds, published: of a finished run.
+        num_trainable_parameters, suggested_step, seconds, published: of a finished run; peak_memory: of its training, in bytes.
         trial, method, shots, seed: the trial that a few-shot run is working on: its folder, adapter method, images per class
             and seed.
     """
@@ -93,6 +93,7 @@ class RunStatus(RunFile):
     num_trainable_parameters: int | None = None
     suggested_step: int | None = None
     seconds: float | None = None
+    peak_memory: int | None = None
     published: str | None = None
     trial: str | None = None
     method: str | None = None

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
 from pipelines.built_in import model_path
-from pipelines.images import labelled_grid
+from pipelines.images import labelled_grid, read_image
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
@@ -30,7 +30,7 @@ from training.subject.certificate import StockModel, certify
 from training.subject.checkpoint_selection import steps_to_sample
 from training.subject.evaluating import evaluate
 from training.subject.image_scoring import suggest_for, write_suggestion
-from training.subject.measured import adapter_at, heldout_curve, sample_scores, saved_steps
+from training.subject.measured import adapter_at, heldout_curve, sample_scores, samples, saved_steps
 from training.subject.model_card import GRID, has_exports, write_model_card
 from training.subject.preparing import DatasetSplit
 from training.subject.publishing import assemble, push_to_hub
@@ -50,9 +50,9 @@ class Trained:
     Args:
         components: the adapted modules.
         sampler: generates an image for each validation prompt.
-        scorer: scores these images.
+        scorer: scores these images; None if none are generated.
         subject_images: training images as the model sees them.
-        before: the base model's images for the validation prompts.
+        before: the base model's images for the validation prompts; empty without validation images.
         split: the training images and the held-out images.
         base_model: the identity of the base model.
         began: when the run started, by the monotonic clock, in seconds.
@@ -61,7 +61,7 @@ class Trained:
     pipeline: StableDiffusionXLPipeline
     components: dict[str, nn.Module]
     sampler: ValidationSampler
-    scorer: ImageScorer
+    scorer: ImageScorer | None
     subject_images: Sequence[Image.Image]
     before: Sequence[Image.Image]
     split: DatasetSplit
@@ -76,20 +76,15 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     """
     run.begin(EXPORTING)
     export(run, trained, options, options.optimisation.max_train_steps)
-    subject = trained.subject_images[: len(trained.before)]
-    rows = [
-        ("the subject", subject),
-        ("before", trained.before),
-        (f"after, {options.adapter.method}", trained.sampler.generate()),
-    ]
-    images_by_step = sample_candidates(run, trained, options)
+    sample_candidates(run, trained, options)
     suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
     logger.info(f"Recommended: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
     for warning in suggestion.warnings:
         logger.warning(warning)
-    rows += suggested_rows(run, trained, options, suggestion, images_by_step.get(suggestion.step))
-    labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
+    rows = image_rows(run, trained, options, export_suggested(run, trained, options, suggestion), suggestion)
+    if rows:
+        labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
     if options.validation.evaluate:
         evaluate(run, trained.sampler, trained.scorer, trained.split, options, trained.base_model)
     if options.validation.certify and has_exports(run):
@@ -109,7 +104,8 @@ def summarise(run: RunDirectory, trained: Trained, options: SubjectOptions, sugg
     seconds = round(time.monotonic() - trained.began, 1)
     run.update_status(num_trainable_parameters=count, suggested_step=suggestion.step, seconds=seconds)
     write_model_card(run, options, len(trained.split.train))
-    logger.info(f"Trained {count:,} parameters in {seconds / 60:.1f} min. Images before and after: {run.path / GRID}.")
+    grid = f" Images before and after: {run.path / GRID}." if (run.path / GRID).exists() else ""
+    logger.info(f"Trained {count:,} parameters in {seconds / 60:.1f} min.{grid}")
     folders = ("diffusers", "kohya") if has_exports(run) else ("adapter",)
     paths = " and ".join(str(run.path / name) for name in folders)
     logger.info(f"The adapter is in {paths}. Details are in {run.path / CARD}.")
@@ -133,26 +129,26 @@ def repository_name(run: RunDirectory, options: SubjectOptions) -> str:
     return "adapter" if options.validation.private else run.path.name
 
 
-def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: SubjectOptions) -> Image.Image:
-    """The grid of images for the published card; with `--private`, without training images and prompts."""
+def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: SubjectOptions) -> Image.Image | None:
+    """The grid of images for the published card; with `--private`, without training images and prompts. None without images."""
     prompts = options.output.validation_prompt
+    if not rows:
+        return None
     if not options.validation.private:
         return labelled_grid(rows, prompts)
     return labelled_grid(rows[1:], [str(index + 1) for index in range(len(prompts))])
 
 
-def sample_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> dict[int, list[Image.Image]]:
-    """Generate and score the missing samples of the steps to be compared; returns them by step."""
-    prompts, images_by_step = options.output.validation_prompt, {}
+def sample_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:
+    """Generate, save and score the missing samples of the steps to be compared."""
     for step in steps_to_sample(
         heldout_curve(run), saved_steps(run), sample_scores(run), options.validation.num_candidate_images
     ):
         run.begin(COMPARING)
         with using_adapter(trained.pipeline, adapter_at(run, step)):
-            images_by_step[step] = trained.sampler.generate()
-        trained.sampler.save(run, step, images_by_step[step])
-        log_scores(run, step, trained.scorer, images_by_step[step], prompts)
-    return images_by_step
+            images = trained.sampler.generate()
+        trained.sampler.save(run, step, images)
+        log_scores(run, step, trained.scorer, images, trained.sampler.prompts)
 
 
 @contextmanager
@@ -167,25 +163,45 @@ def using_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> Iterator[N
         pipeline.set_adapters([ADAPTER_NAME])
 
 
-def suggested_rows(
-    run: RunDirectory,
-    trained: Trained,
-    options: SubjectOptions,
-    suggestion: Suggestion,
-    images: list[Image.Image] | None = None,
-) -> list[tuple[str, list[Image.Image]]]:
-    """Export the recommended adapter to `suggested/` unless it is the last one; returns its row of the grid.
-
-    Args:
-        images: its samples, if they were generated before.
-    """
+def export_suggested(run: RunDirectory, trained: Trained, options: SubjectOptions, suggestion: Suggestion) -> list[Image.Image]:
+    """Export the recommended adapter to `suggested/` unless it is the last one; returns its samples, if there are any."""
     adapter_folder = adapter_at(run, suggestion.step)
     if suggestion.step == suggestion.last or not adapter_folder.is_dir():
         return []
     with using_adapter(trained.pipeline, adapter_folder):
         export(run, trained, options, suggestion.step, recommended=True)
-        images = images or trained.sampler.generate()
-    return [(f"recommended, step {suggestion.step}", images)]
+        return samples_of(run, trained, suggestion.step) if options.output.validation_images else []
+
+
+def samples_of(run: RunDirectory, trained: Trained, step: int) -> list[Image.Image]:
+    """The samples of `step`, whose adapter the pipeline has, from their files if they were generated before."""
+    saved = samples(run, step)
+    if [each.prompt for each in saved] != list(trained.sampler.prompts):
+        return trained.sampler.generate()
+    return [read_image(each.path) for each in saved]
+
+
+def image_rows(
+    run: RunDirectory,
+    trained: Trained,
+    options: SubjectOptions,
+    suggested: Sequence[Image.Image],
+    suggestion: Suggestion,
+) -> list[tuple[str, Sequence[Image.Image]]]:
+    """The rows of the grid of images; none without validation images.
+
+    Args:
+        suggested: the samples of the recommended step, if it is not the last one.
+    """
+    if not options.output.validation_images:
+        return []
+    rows = [
+        ("the subject", trained.subject_images[: len(trained.before)]),
+        ("before", trained.before),
+        (f"after, {options.adapter.method}", samples_of(run, trained, suggestion.last)),
+        (f"recommended, step {suggestion.step}", suggested),
+    ]
+    return rows if suggested else rows[:-1]
 
 
 def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:

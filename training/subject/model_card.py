@@ -44,8 +44,7 @@ BODY = """---
 {method} adapter of `{model}`: {steps} steps of {batch} images on {images} images of the subject, learning rate {rate},
 {trained:,} trainable parameters, {seconds:.0f} seconds.{options}
 
-![{alt}]({grid})
-{findings}
+{grid}{findings}
 | files | bytes |
 |---|---|
 {files}
@@ -77,6 +76,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
     model = portable_name(options.model.pretrained_model_name_or_path, private)
     prompt = "the subject" if private else options.data.subject_prompts()[0]
     subject_note = "" if private else ", the subject above them"
+    alt = f"images from the base model and from the adapted model, for the same prompts and seeds{subject_note}"
     return BODY.format(
         header=card_header(options, private).to_yaml().strip(),
         title="An adapter for one subject" if private else as_text(prompt),
@@ -89,8 +89,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         trained=status.num_trainable_parameters,
         seconds=status.seconds,
         options="" if private else " The resolved options are in options.json.",
-        alt=f"images from the base model and from the adapted model, for the same prompts and seeds{subject_note}",
-        grid=GRID,
+        grid=f"![{alt}]({GRID})\n" if options.output.validation_images else "",
         findings="".join(f"\n{finding}\n" for finding in findings),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         **_loading_code(options, model, has_exports(run)),
@@ -142,7 +141,8 @@ def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData
     if not private:
         prompt = options.data.subject_prompts()[0]
         fields["instance_prompt"] = prompt
-        fields["widget"] = [{"text": prompt, "output": {"url": GRID}}]
+        if options.output.validation_images:
+            fields["widget"] = [{"text": prompt, "output": {"url": GRID}}]
     return ModelCardData(**fields)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.built_in import is_built_in, recorded_name
 from pipelines.subject.heldout import num_folds
@@ -36,6 +38,8 @@ FOLD_SHARE = 0.5
 # The forward passes of one image in a measurement of the losses and in a calibration, and those that take as long as a training
 # step on that image.
 MEASURED_PASSES, CALIBRATION_PASSES, PASSES_PER_STEP = 128, 32, 3
+# The passes of a generated image: 25 steps, each with and without the prompt.
+SAMPLE_PASSES = 50
 # Loading an adapter, generating its samples and scoring them, compared with generating them.
 SCORED = 1.5
 # The certificate's images, with fewer steps, as a number of samples.
@@ -60,7 +64,8 @@ def phases(options: SubjectOptions, folds: int) -> list[PlannedPhase]:
     """
     # Some class images are needed for the dry run, the others after it.
     class_images = [CLASS_IMAGES] if options.data.with_prior_preservation else []
-    before = [LOADING, ENCODING, *class_images, SAMPLING, DRY_RUN, CALIBRATING, *class_images]
+    sampling = [SAMPLING] * options.output.validation_images
+    before = [LOADING, ENCODING, *class_images, *sampling, DRY_RUN, CALIBRATING, *class_images]
     after = [TRAINING, EXPORTING, COMPARING] + [EVALUATING] * options.validation.evaluate
     after += [CERTIFYING] * options.validation.certify + [UPLOADING] * options.validation.push_to_hub
     repeated = [PlannedPhase(CROSS_VALIDATION, number=fold + 1) for fold in range(folds)]
@@ -85,13 +90,26 @@ class Pace:
     def measured(cls, record: RunRecord) -> Pace | None:
         """The pace of a run; None if it is not done or has measured none."""
         run = RunSnapshot(record)
-        report, optimisation = run.read_file(DryRunReport), run.options.get("optimisation", {})
-        batch = optimisation.get("train_batch_size", 0) * optimisation.get("gradient_accumulation_steps", 0)
-        if run.status.state != "done" or report is None or not batch:
+        report, took = run.read_file(DryRunReport), {phase.name: phase.seconds or 0.0 for phase in run.status.plan or ()}
+        if run.status.state != "done" or report is None:
             return None
-        prompts = max(1, len(run.options.get("output", {}).get("validation_prompt") or ()))
-        took = {phase.name: phase.seconds or 0.0 for phase in run.status.plan or ()}
-        return cls(report.seconds_per_step / batch, took.get(SAMPLING, 0.0) / prompts, took.get(LOADING, 0.0))
+        return cls.of(report, run.options, lambda phase: took.get(phase, 0.0))
+
+    @classmethod
+    def of(cls, report: DryRunReport, options: Mapping[str, Mapping[str, Any]], seconds: Callable[[str], float]) -> Pace | None:
+        """The pace of a run after its dry run; None if its options have no batch size.
+
+        Args:
+            options: of the run, by group.
+            seconds: the duration of a phase that has ended, by its name; 0 if it was not measured.
+        """
+        optimisation, prompts = options.get("optimisation", {}), options.get("output", {}).get("validation_prompt") or ()
+        batch = optimisation.get("train_batch_size", 0) * optimisation.get("gradient_accumulation_steps", 0)
+        if not batch:
+            return None
+        image = report.seconds_per_step / batch
+        sample = seconds(SAMPLING) / max(1, len(prompts)) or image * SAMPLE_PASSES / PASSES_PER_STEP
+        return cls(image, sample, seconds(LOADING))
 
 
 # With the built-in model on one core. The default run took 146 s of processor time (estimated: 177 s), of which the first five
@@ -112,7 +130,7 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
     steps, images = options.optimisation.max_train_steps, options.optimisation.images_per_step
     per_step, per_pass = images * pace.image, pace.image / PASSES_PER_STEP
     every, measuring = options.validation.measured_every(steps), MEASURED_PASSES * per_pass
-    sampling = len(options.output.validation_prompt) * pace.sample
+    sampling = len(options.output.validation_prompt) * pace.sample * options.output.validation_images
 
     def training(count: int) -> float:
         return count * per_step + math.ceil(count / every) * measuring
@@ -126,9 +144,9 @@ def estimated_seconds(options: SubjectOptions, pace: Pace) -> dict[str, float]:
         CLASS_IMAGES: options.data.num_class_images * pace.sample,
         CROSS_VALIDATION: training(fold_steps(steps)) + measuring,
         TRAINING: training(steps) + math.ceil(steps / options.output.validation_steps) * sampling,
-        EXPORTING: sampling + WRITING_SECONDS,
-        # The recommended adapter is exported too, and its images are generated again if they were scored during training.
-        COMPARING: ((options.validation.num_candidate_images or 0) * SCORED + 1) * sampling + WRITING_SECONDS,
+        EXPORTING: WRITING_SECONDS,
+        # The recommended adapter is exported too. Its images are missing only if none are compared.
+        COMPARING: max(1, (options.validation.num_candidate_images or 0) * SCORED) * sampling + WRITING_SECONDS,
         EVALUATING: evaluated_images(options) * pace.sample,
         CERTIFYING: PROCESS_SECONDS + pace.loading + CERTIFIED_SAMPLES * pace.sample,
         UPLOADING: PROCESS_SECONDS,

@@ -39,14 +39,14 @@ _NEW_TOKEN = "Log in with `hf auth login` and a token with write permission, or 
 logger = get_logger(__name__)
 
 
-def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Image.Image) -> Path:
+def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Image.Image | None) -> Path:
     """Make the folder `published/` with weights, model card, image grid, certificate, provenance and recommendation.
 
     With `--private`, its files contain no captions, paths or names.
 
     Args:
         images: the number of training images.
-        grid: the images of the card.
+        grid: the images of the card; None for a card without images.
     """
     private, folder = options.validation.private, run.path / PUBLISHED
     shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +54,8 @@ def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Imag
     for name in EXPORTED:
         if (run.path / name).is_dir():
             shutil.copytree(run.path / name, folder / name, copy_function=_link_or_copy)
-    grid.save(folder / GRID)
+    if grid is not None:
+        grid.save(folder / GRID)
     write_text_atomically(folder / CARD, model_card(run, options, images, private))
     for kind in (Certificate, Provenance, Suggestion):
         file = kind.read(run.path)

@@ -113,5 +113,5 @@ class ValidationCallback:
         self.sampler.save(self.run, step, self.sampler.generate())
 
     def _score(self, step: int, images: Sequence[Image.Image]) -> None:
-        if self.scorer is not None:
+        if self.scorer is not None and images:
             log_scores(self.run, step, self.scorer, images, self.sampler.prompts)
