@@ -42,8 +42,9 @@ from transformers import AutoModelForCausalLM
 import nora_vision
 from nora_vision import NoraConfig
 from pipelines.mini_clip import WEIGHTS_FILE
-from training import dreambooth_nora, fewshot_nora
+from training import arena, dreambooth_nora, fewshot_nora
 from training.options import parse_options
+from training.options.arena import parse_arena_options
 from training.options.fewshot import parse_fewshot_options
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
@@ -273,6 +274,11 @@ def train_classifier(workspace: Workspace, *words: str) -> None:
     fewshot_nora.main(parse_fewshot_options(shortened(words, SHORT_FEWSHOT, SMALL_RANKS)))
 
 
+def compare_methods(workspace: Workspace, *words: str) -> None:
+    """The arena with all that the command names, without its trainings: tests/training/test_arena.py has them."""
+    arena.main(parse_arena_options([*words, "--report_only"]))
+
+
 def run_module(workspace: Workspace, module: str, *words: str) -> None:
     """`python -m`."""
     workspace.patch.setattr(sys, "argv", [module, *words])
@@ -394,8 +400,8 @@ def console_command(workspace: Workspace, name: str, *words: str) -> None:
     module, _, function = scripts["nora-vision"].partition(":")
     if name == "app":
         return open_app(workspace, *words)
-    if name in ("train", "fewshot"):
-        return run_recipe(workspace, {"train": "training.dreambooth_nora", "fewshot": "training.fewshot_nora"}[name], words)
+    if words and name in RECIPE_NAMES:
+        return run_recipe(workspace, RECIPE_NAMES[name], words)
     entry = getattr(importlib.import_module(module), function)
     workspace.patch.setattr(sys, "argv", ["nora-vision", name, *(words or ["--help"])])
     workspace.patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
@@ -409,7 +415,10 @@ def find_tests(workspace: Workspace, *words: str) -> None:
             raise FileNotFoundError(path)
 
 
+RECIPE_NAMES = {"train": "training.dreambooth_nora", "fewshot": "training.fewshot_nora", "arena": "training.arena"}
 RECIPES = {
+    "training.arena": compare_methods,
+    "benchmarks.arena": compare_methods,
     "training.dreambooth_nora": train_subject,
     "training.fewshot_nora": train_classifier,
     "training.pretrain_mini": lambda workspace, *words: run_module(
