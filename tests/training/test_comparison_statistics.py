@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata, wilcoxon
 
 from training.comparison.rates import MAX_EXTENSIONS, choose_rate
 from training.comparison.statistics import bootstrap_interval, holm, pareto_front, signed_rank_p
@@ -36,12 +36,20 @@ def test_the_interval_covers_the_true_mean_nineteen_times_in_twenty():
     assert binomtest(covered, 100, 0.93).pvalue > 0.01
 
 
-def test_the_signed_rank_p_is_the_share_of_signs_with_an_equal_or_more_extreme_sum():
-    differences = [0.3, -0.1, 0.7, 0.2, 0.9, 0.4, -0.25]
-    ranks = np.argsort(np.argsort(np.abs(differences))) + 1
-    observed = abs(np.sum(np.sign(differences) * ranks))
-    sums = [abs(np.dot(signs, ranks)) for signs in product((-1, 1), repeat=len(ranks))]
-    assert signed_rank_p(differences) == pytest.approx(np.mean([value >= observed for value in sums]))
+@pytest.mark.parametrize("count", [5, 12, 30])
+def test_the_signed_rank_p_is_scipy_s_exact_one_without_ties(count):
+    differences = np.random.default_rng(count).normal(0.3, 1.0, count)
+    assert signed_rank_p(differences) == pytest.approx(wilcoxon(differences, method="exact").pvalue)
+
+
+@pytest.mark.parametrize("differences", [[0.1, 0.1, 0.1, -0.2, 0.3], [0.0, 0.1, 0.1, 0.2, -0.1, 0.2], [-1, -1, -1, -1]])
+def test_with_ties_it_is_the_share_of_all_signs_with_an_equal_or_more_extreme_sum(differences):
+    ranks = rankdata(np.abs(differences))
+    sums = np.asarray(
+        [np.dot(np.asarray(signs) * (np.asarray(differences) != 0), ranks) for signs in product((-1, 1), repeat=len(ranks))]
+    )
+    observed = np.dot(np.sign(differences), ranks)
+    assert signed_rank_p(differences) == pytest.approx(min(1.0, 2 * min((sums <= observed).mean(), (sums >= observed).mean())))
 
 
 def test_equal_results_have_a_p_of_one():

@@ -1,0 +1,152 @@
+"""The arena from its command to its report, on cells whose trainings are stand-ins."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.fewshot.metric_values import Interval
+from training.comparison.analysis import comparisons_of, merged, ranked, summaries_of, with_seconds_to_quality
+from training.comparison.blind import FOLDER, KEY, RATINGS, write_sheets
+from training.comparison.figures import front_of, write_figures
+from training.comparison.report import markdown, write_report
+from training.comparison.verdict import verdict_of
+from training.runs.arena_files import ArenaReport, Observation
+
+
+def observation(variant, dataset, seed, quality, parameters=100, task="few-shot", **more):
+    measure = "top1" if task == "few-shot" else "heldout_loss"
+    shots = 4 if task == "few-shot" else None
+    return Observation(
+        task,
+        dataset,
+        variant,
+        shots,
+        seed,
+        {measure: quality, "parameters": parameters, **more},
+        f"cells/{variant}-{dataset}-{seed}",
+    )
+
+
+def report_of(observations, **more):
+    variants = list(dict.fromkeys(one.variant for one in observations))
+    report = ArenaReport(variants, 100, None, observations, summaries_of(observations), comparisons_of(observations), **more)
+    return report
+
+
+@pytest.fixture
+def observations():
+    """Two equal methods of different sizes, and one that is worse on every split."""
+    qualities = {"large": (0.8, 1000), "small": (0.8, 10), "worse": (0.6, 500)}
+    noise = {"large": 0.0, "small": 0.001, "worse": 0.002}
+    return [
+        observation(name, dataset, seed, quality + 0.01 * seed + noise[name] * (-1) ** seed, parameters)
+        for name, (quality, parameters) in qualities.items()
+        for dataset in ("cats", "leaves", "signs")
+        for seed in range(5)
+    ]
+
+
+def test_the_verdict_names_the_best_the_smallest_that_is_not_worse_and_a_caveat(observations):
+    report = report_of(observations)
+    best, smallest, caveat = verdict_of(report, "few-shot")
+    assert "has the best top-1 on the labelled datasets at 4 shots" in best
+    assert "the difference to 1 of the other 2 methods is not significant" in best
+    assert "small" in smallest
+    assert "10 trained parameters" in smallest
+    assert caveat == "It was below zero-shot on 0% of the splits."
+
+
+def test_a_difference_on_every_split_is_significant_and_one_that_changes_sign_is_not(observations):
+    p_values = {frozenset((one.first, one.second)): one.adjusted_p for one in comparisons_of(observations)}
+    assert p_values[frozenset(("large", "worse"))] < 0.001
+    assert p_values[frozenset(("large", "small"))] > 0.5
+
+
+def test_methods_are_compared_on_the_splits_that_both_have(observations):
+    rest = [one for one in observations if not (one.variant == "worse" and one.dataset == "signs")]
+    counts = {frozenset((one.first, one.second)): one.count for one in comparisons_of(rest)}
+    assert counts == {frozenset(("large", "small")): 15, frozenset(("large", "worse")): 10, frozenset(("small", "worse")): 10}
+
+
+def test_a_lower_loss_is_better():
+    losses = [
+        observation(name, "toy", seed, loss, task="subject") for name, loss in (("a", 0.5), ("b", 0.4)) for seed in range(2)
+    ]
+    assert [one.variant for one in ranked(summaries_of(losses), "subject", None, "heldout_loss")] == ["b", "a"]
+
+
+def test_the_front_has_the_smallest_method_of_each_quality(observations):
+    assert front_of(report_of(observations), "few-shot", 4)[0] == "small"
+    assert "worse" not in front_of(report_of(observations), "few-shot", 4)
+
+
+def test_the_values_of_a_split_are_joined_from_all_its_cells():
+    first = observation("lora", "cats", 0, 0.8)
+    second = Observation("few-shot", "cats", "lora", 4, 0, {"harmonic_mean": 0.5}, "cells/other")
+    (joined,) = merged([first, second])
+    assert joined.values == {"top1": 0.8, "parameters": 100, "harmonic_mean": 0.5}
+
+
+def test_seconds_to_quality_are_those_until_the_reference_s_last_value_is_reached():
+    def one(variant, curve):
+        return Observation("subject", "toy", variant, None, 0, {}, "cells/x", curve)
+
+    curves = {"lora": [(0, 1.0), (5, 0.7), (9, 0.6)], "fast": [(0, 1.0), (2, 0.55), (4, 0.5)], "never": [(0, 1.0), (9, 0.9)]}
+    timed = with_seconds_to_quality([one(name, curve) for name, curve in curves.items()], "lora")
+    assert [each.values.get("seconds_to_quality") for each in timed] == [9, 2, None]
+
+
+def test_the_report_is_written_as_markdown_csv_and_json_and_read_back(observations, tmp_path):
+    report = report_of(observations, failed={"few-shot/loftq": "it needs a quantised model"})
+    figures = write_figures(report, tmp_path)
+    write_report(report, tmp_path, figures)
+    assert ArenaReport.read(tmp_path) == ArenaReport.from_json(json.loads((tmp_path / "arena.json").read_text()))
+    assert ArenaReport.read(tmp_path).summaries[0].interval == Interval(**vars(report.summaries[0].interval))
+    rows = list(csv.DictReader((tmp_path / "observations.csv").open()))
+    assert len(rows) == 2 * len(observations)
+    text = (tmp_path / "README.md").read_text()
+    assert "few-shot/loftq: it needs a quantised model" in text
+    for name in figures["few-shot"]:
+        assert (tmp_path / name).stat().st_size > 1000
+        assert f"({name})" in text
+
+
+def test_a_method_s_name_cannot_break_a_table(observations):
+    text = markdown(report_of([observation("a|b", "cats", seed, 0.5) for seed in range(2)]), {})
+    assert "| a\\|b |" in text
+
+
+def test_blind_sheets_show_letters_alone_and_the_key_is_apart(tmp_path):
+    """Each method's images have a colour of its own, from which the key can be checked."""
+    colours = {"lora": (200, 0, 0), "nora": (0, 200, 0), "dora": (0, 0, 200)}
+    observations = [observation(name, "toy", seed, 0.5, task="subject") for name in colours for seed in range(4)]
+    for one in observations:
+        folder = tmp_path / one.cell / "evaluation"
+        folder.mkdir(parents=True)
+        for index in range(2):
+            Image.new("RGB", (64, 64), colours[one.variant]).save(folder / f"{index}.png")
+    sheets = write_sheets(observations, tmp_path)
+    key = json.loads((tmp_path / FOLDER / KEY).read_text())
+    assert len(sheets) == 4
+    assert len({tuple(rows.values()) for rows in key.values()}) > 1
+    for sheet in sheets:
+        pixels = np.asarray(Image.open(sheet).convert("RGB"))
+        first_row = {name: (pixels == colour).all(axis=-1).any(axis=1).argmax() for name, colour in colours.items()}
+        assert sorted(colours, key=first_row.__getitem__) == list(key[sheet.stem].values())
+    ratings = list(csv.DictReader((tmp_path / FOLDER / RATINGS).open()))
+    assert len(ratings) == 12
+    assert not any(name in Path(tmp_path / FOLDER / RATINGS).read_text() for name in colours)
+
+
+def test_ratings_that_somebody_has_filled_in_are_not_replaced(tmp_path):
+    one = observation("lora", "toy", 0, 0.5, task="subject")
+    (tmp_path / one.cell / "evaluation").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / one.cell / "evaluation" / "0.png")
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / RATINGS).write_text("filled in")
+    write_sheets([one], tmp_path)
+    assert (tmp_path / FOLDER / RATINGS).read_text() == "filled in"
