@@ -151,7 +151,7 @@ def _subject_values(folder: Path) -> dict[str, float]:
         "parameters": status.num_trainable_parameters,
         "bytes": stored_bytes(folder),
         "seconds": phases.get(CALIBRATING, 0.0) + phases.get(TRAINING, 0.0),
-        "peak_memory": DryRunReport.read(folder).peak_memory / MB,
+        "peak_memory": status.peak_memory / MB,
     }
     return {name: getattr(evaluation, name) for name in names} | costs
 

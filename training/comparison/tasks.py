@@ -147,19 +147,20 @@ class SubjectArena:
             *("--pretrained_model_name_or_path", self.options.models.pretrained_model_name_or_path),
             *("--max_train_steps", str(steps), "--seed", str(seed)),
             *(() if rate is None else (f"--{RATE}", repr(rate))),
-            *("--no_certify", "--num_candidate_images", "0", "--report_to", "none", "--checkpoints_total_limit", "1"),
+            *("--no_certify", "--no_validation_images", "--report_to", "none", "--checkpoints_total_limit", "1"),
             *shlex.split(self.options.models.subject_flags),
         ]
 
     def _cell(
         self, variant: MethodVariant, dataset: str, purpose: Purpose, rate: float | None, seed: int | None, flags: Sequence[str]
     ) -> Cell:
-        inputs = (folder_digest(self.folders[dataset]), model_digest(self._model()))
-        key = cell_key("subject", tuple(flags), variant, inputs)
+        model = model_path(self.options.models.pretrained_model_name_or_path)
+        inputs = [folder_digest(self.folders[dataset]), model_digest(model)]
+        if purpose == "final":
+            scorer = parsed("subject", tuple(flags)).validation.image_scorer
+            inputs.append(model_digest(str(BUILT_IN_CLIP) if scorer == BUILT_IN_CLIP_NAME else scorer))
+        key = cell_key("subject", tuple(flags), variant, tuple(inputs))
         return Cell("subject", dataset, variant.label, purpose, rate, seed, tuple(flags), key)
-
-    def _model(self) -> str:
-        return model_path(self.options.models.pretrained_model_name_or_path)
 
 
 @dataclass(frozen=True)
