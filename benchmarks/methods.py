@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +27,9 @@ from pipelines.adapter_method import ADAPTER_NAME, Probe, base_losses, trained_p
 from pipelines.adapter_options import AdapterOptions
 from pipelines.methods import REFERENCE, equation_of, method_named, method_names
 from pipelines.native_files import COMPACT, FULL
+from pipelines.tables import markdown_table, replace_parts
 
 CONTEXT_WIDTH, CONTEXT_TOKENS, HEAD_WIDTH = 2048, 77, 64
-# What stands before and after a table in the document.
-BEGIN, END = "<!-- begin: {name}, by benchmarks/methods.py -->", "<!-- end: {name} -->"
 DESCRIBED = ("name", "method", "equation", "parameters per layer", "options", "limits", "reference")
 MEASURED = ("name", "parameters", "native file", "kept for backward", "step, relative to LoRA", "plain LoRA file")
 # What a method does not do, by the attribute that is false then.
@@ -67,15 +65,9 @@ class Measured(NamedTuple):
     step: float
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def described() -> str:
     """The table of what the methods say about themselves."""
-    return table(DESCRIBED, map(_description, method_names()))
+    return markdown_table(DESCRIBED, map(_description, method_names()))
 
 
 def _description(name: str) -> list[str]:
@@ -170,7 +162,7 @@ def measured(setting: Setting, names: list[str]) -> str:
         reference, frozen = (AdaptedBlock(setting, name, Path(folder) / "reference.safetensors") for name in (REFERENCE, None))
         for name in tqdm(names, desc="measuring", leave=False):
             rows.append([f"`{name}`", *_result(measure(name, setting, reference, frozen, Path(folder)))])
-    return table(MEASURED, rows)
+    return markdown_table(MEASURED, rows)
 
 
 def _result(result: Measured) -> list[str]:
@@ -184,14 +176,7 @@ def write(document: Path, tables: dict[str, str]) -> None:
 
     Raises: ValueError naming the comments that are missing.
     """
-    text = document.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        begin, end = BEGIN.format(name=name), END.format(name=name)
-        pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ValueError(f"{document} must contain {begin!r} and {end!r} once, on lines of their own.")
-        text = pattern.sub(lambda _, new=f"{begin}\n{table}{end}": new, text)
-    document.write_text(text, encoding="utf-8")
+    replace_parts(document, tables, "benchmarks/methods.py")
 
 
 def main() -> None:

@@ -35,14 +35,15 @@ from filelock import FileLock, Timeout
 
 from pipelines.errors import InputError
 from pipelines.methods import REFERENCE
-from pipelines.output_paths import check_output_folder
+from pipelines.output_paths import check_output_file, check_output_folder
 from pipelines.run_file import ResolvedOptions
+from pipelines.run_options import Task
 from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
 from training.comparison.blind import write_sheets
 from training.comparison.cells import Cell
 from training.comparison.figures import write_figures
 from training.comparison.measures import observations_of
-from training.comparison.report import MARKDOWN, write_report
+from training.comparison.report import MARKDOWN, write_document, write_report
 from training.comparison.schedule import Schedule
 from training.comparison.tasks import ArenaTask, FewShotArena, SubjectArena, check_flags
 from training.comparison.variants import variants_of
@@ -76,7 +77,9 @@ def main(options: ArenaOptions) -> RunDirectory | None:
                 run_cells(run, schedule, workers, options)
         run.update_status(phase=REPORTING)
         report = report_of(schedule, options)
-        write(report, run.path)
+        figures = write(report, run.path)
+        if options.output.write is not None:
+            write_document(report, Path(options.output.write), run.path, figures)
         for task, sentences in report.verdict.items():
             logger.info(f"{task}: {' '.join(sentences)}")
         logger.info(f"Report: {run.path / MARKDOWN}.")
@@ -89,6 +92,8 @@ def schedule_of(options: ArenaOptions) -> Schedule:
     Raises: InputError for options or data that cannot be used.
     """
     check_output_folder(options.output.output_dir, "--output_dir")
+    if options.output.write is not None:
+        check_output_file(options.output.write, "--write", (".md",))
     check_flags(options)
     tasks: list[ArenaTask] = [task for task in (SubjectArena.create(options), FewShotArena.create(options)) if task is not None]
     variants = variants_of(options.method.methods)
@@ -180,10 +185,12 @@ def chosen_rates(schedule: Schedule) -> dict[str, dict[str, Sequence[float]]]:
     return rates
 
 
-def write(report: ArenaReport, folder: Path) -> None:
-    """Write the report, its figures and the blind sheets."""
-    write_report(report, folder, write_figures(report, folder))
+def write(report: ArenaReport, folder: Path) -> dict[Task, list[str]]:
+    """Write the report, its figures and the blind sheets; returns the names of the figures."""
+    figures = write_figures(report, folder)
+    write_report(report, folder, figures)
     write_sheets(report.observations, folder)
+    return figures
 
 
 if __name__ == "__main__":

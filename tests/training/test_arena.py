@@ -12,7 +12,7 @@ from pipelines.fewshot.metric_values import Interval
 from training.comparison.analysis import comparisons_of, merged, ranked, summaries_of, with_seconds_to_quality
 from training.comparison.blind import FOLDER, KEY, RATINGS, write_sheets
 from training.comparison.figures import front_of, write_figures
-from training.comparison.report import markdown, write_report
+from training.comparison.report import markdown, write_document, write_report
 from training.comparison.verdict import verdict_of
 from training.runs.arena_files import ArenaReport, Observation
 
@@ -113,6 +113,19 @@ def test_the_report_is_written_as_markdown_csv_and_json_and_read_back(observatio
     for name in figures["few-shot"]:
         assert (tmp_path / name).stat().st_size > 1000
         assert f"({name})" in text
+
+
+def test_a_document_gets_the_report_between_its_comments_and_the_figures_beside_it(observations, tmp_path):
+    document = tmp_path / "arena.md"
+    document.write_text("before\n<!-- begin: few-shot, by nora-vision arena -->\nold\n<!-- end: few-shot -->\nafter\n")
+    report = report_of(observations)
+    figures = write_figures(report, tmp_path)
+    write_document(report, document, tmp_path, figures)
+    lines = document.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    assert all(
+        (tmp_path / "arena" / name).is_file() and f"(arena/{name})" in document.read_text() for name in figures["few-shot"]
+    )
 
 
 def test_a_method_s_name_cannot_break_a_table(observations):

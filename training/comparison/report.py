@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.run_options import Task
-from pipelines.tables import harmless
+from pipelines.tables import harmless, markdown_table, replace_parts
 from pipelines.text_files import write_text_atomically
 from training.comparison.analysis import all_measures, mean_of, ranked
 from training.comparison.measures import MEASURES, PRIMARY, TESTED, measure_named
@@ -15,9 +16,12 @@ from training.comparison.verdict import TASK_NAMES, comparison_of
 from training.runs.arena_files import ArenaReport, MeasureSummary
 
 MARKDOWN, OBSERVATIONS = "README.md", "observations.csv"
+# In the comments around the parts of a document.
+COMMAND = "nora-vision arena"
+CAPTIONS = ("Quality against trained parameters", "Accuracy by training images per class")
 
 
-def write_report(report: ArenaReport, folder: Path, figures: dict[Task, Sequence[str]]) -> None:
+def write_report(report: ArenaReport, folder: Path, figures: Mapping[Task, Sequence[str]]) -> None:
     """Write arena.json, README.md and observations.csv into `folder`.
 
     Args:
@@ -39,21 +43,46 @@ def write_observations(report: ArenaReport, path: Path) -> None:
                 writer.writerow([harmless(cell) if isinstance(cell, str) else cell for cell in row])
 
 
-def markdown(report: ArenaReport, figures: dict[Task, Sequence[str]]) -> str:
+def markdown(report: ArenaReport, figures: Mapping[Task, Sequence[str]]) -> str:
     """The report for people."""
     budget = f"{report.max_train_steps} steps" if report.max_train_steps else f"{report.max_train_seconds:g} seconds"
     lines = ["# Arena", "", f"Every method was trained for {budget}, with a learning rate chosen on validation data."]
-    for task in MEASURES:
-        if any(summary.task == task for summary in report.summaries):
-            lines += ["", *_section(report, task, figures.get(task, ()))]
+    for task in tasks_of(report):
+        lines += ["", f"## {TASK_NAMES[task].capitalize()}", "", section(report, task, figures.get(task, ()))]
     if report.failed:
         lines += ["", "## Without a result", "", *(f"- {name}: {reason}" for name, reason in report.failed.items())]
     return "\n".join(lines) + "\n"
 
 
+def tasks_of(report: ArenaReport) -> list[Task]:
+    """The tasks with results."""
+    return [task for task in MEASURES if any(summary.task == task for summary in report.summaries)]
+
+
+def write_document(report: ArenaReport, document: Path, folder: Path, figures: Mapping[Task, Sequence[str]]) -> None:
+    """Replace the parts of `document` that an arena writes, one for each task, and copy their figures beside it.
+
+    Args:
+        folder: of the figures.
+        figures: their names by task.
+    Raises: ValueError naming the comments that are missing in the document.
+    """
+    beside = document.with_suffix("")
+    beside.mkdir(exist_ok=True)
+    parts = {}
+    for task in tasks_of(report):
+        for name in figures[task]:
+            shutil.copy(folder / name, beside / name)
+        parts[task] = section(report, task, [f"{beside.name}/{name}" for name in figures[task]])
+    replace_parts(document, parts, COMMAND)
+
+
+def section(report: ArenaReport, task: Task, figures: Sequence[str]) -> str:
+    """The verdict, tables and figures of a task."""
+    return "\n".join(line.rstrip("\n") for line in _section(report, task, figures)) + "\n"
+
+
 def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterator[str]:
-    yield f"## {TASK_NAMES[task].capitalize()}"
-    yield ""
     yield " ".join(report.verdict.get(task, ("There are no two methods to compare.",)))
     shots = sorted({s.shots for s in report.summaries if s.task == task and s.shots is not None}) or [None]
     for number in shots:
@@ -65,16 +94,9 @@ def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterato
     yield from _tests(report, task, shots[-1])
     for figure in figures:
         yield ""
-        yield f"![{figure}]({figure})"
+        yield f"![{CAPTIONS['shots' in figure]}]({figure})"
     yield ""
     yield "Measures: " + "; ".join(f"{m.title}: {m.explanation}" for m in MEASURES[task]) + "."
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (titles, ["---"] * len(titles), *rows)
-    ]
 
 
 def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
@@ -85,7 +107,7 @@ def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
         yield ""
     order = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
     rows = ([variant, *(_mean(report, task, shots, name, variant) for name in names)] for variant in order)
-    yield from table(["method", *(measure_named(task, name).title for name in names)], rows)
+    yield markdown_table(["method", *(measure_named(task, name).title for name in names)], rows)
 
 
 def _mean(report: ArenaReport, task: Task, shots: int | None, name: str, variant: str) -> str:
@@ -109,7 +131,7 @@ def _by_dataset(report: ArenaReport, task: Task, shots: int | None) -> Iterator[
     order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
     yield f"{measure_named(task, name).title} on each dataset, with the interval over its seeds:"
     yield ""
-    yield from table(["method", *datasets], ([v, *(cells.get((v, dataset), "") for dataset in datasets)] for v in order))
+    yield markdown_table(["method", *datasets], ([v, *(cells.get((v, dataset), "") for dataset in datasets)] for v in order))
 
 
 def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
@@ -128,4 +150,4 @@ def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
             bounds = sorted((sign * interval.low, sign * interval.high))
             difference = f"{text(sign * interval.value)} ({text(bounds[0])} to {text(bounds[1])})"
             rows.append([variant, difference, str(comparison.count), f"{comparison.adjusted_p:.3g}"])
-    yield from table(["method", "difference", "splits", "adjusted p"], rows)
+    yield markdown_table(["method", "difference", "splits", "adjusted p"], rows)

@@ -162,6 +162,10 @@ class ArenaOutputOptions:
     cpus_per_cell: float = field(default=1.0, metadata={"help": "CPU cores that Ray reserves for a cell."})
     gpus_per_cell: float = field(default=0.0, metadata={"help": "GPUs that Ray reserves for a cell."})
     retry_failed: bool = field(default=False, metadata={"help": "Run cells again that have failed before."})
+    write: str | None = field(
+        default=None,
+        metadata={"help": "A Markdown document whose parts between the arena's comments are replaced by the report."},
+    )
     report_only: bool = field(default=False, metadata={"help": "Only write the report of the cells that are finished."})
 
     _argument_group_name = "output"
