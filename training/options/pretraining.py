@@ -41,6 +41,9 @@ class PretrainOptions:
     clip_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the built-in CLIP."})
     clip_batch_size: int = field(default=48, metadata={"help": "Images per step of the built-in CLIP."})
     clip_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
+    clip_decay_share: float = field(
+        default=0.3, metadata={"help": "Share of the steps, at the end, over which the learning rate of the built-in CLIP falls."}
+    )
     clip_scene_share: float = field(default=0.15, metadata={"help": "Share of rendered scenes in a batch of the built-in CLIP."})
     clip_cutmix: float = field(default=0.5, metadata={"help": "Share of the batches whose photographs are mixed by CutMix."})
     clip_weights: str | None = field(
@@ -58,7 +61,7 @@ class PretrainOptions:
         unknown = set(self.stages) - set(STAGE_NAMES)
         if unknown:
             raise ValueError(f"stages must be among {', '.join(STAGE_NAMES)}, got {', '.join(sorted(unknown))}.")
-        for name in ("scene_share", "clip_scene_share"):
+        for name in ("scene_share", "clip_scene_share", "clip_decay_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
         if not 0 <= self.clip_cutmix <= 1:

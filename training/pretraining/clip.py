@@ -164,9 +164,8 @@ def train_clip(options: PretrainOptions, corpus: Corpus) -> None:
         return 1 - accuracy
 
     loop = LoopOptions(options.clip_steps, seed=options.seed, checkpointing_steps=100)
-    trainable = Trainable(
-        loss, ClipBatches(options, data), optimizer, warmup_stable_decay(optimizer, options.clip_steps, warmup=200)
-    )
+    schedule = warmup_stable_decay(optimizer, options.clip_steps, warmup=200, decay=options.clip_decay_share)
+    trainable = Trainable(loss, ClipBatches(options, data), optimizer, schedule)
     with run.recording():
         train_here(options, run, trainable, loop, [Periodic(options.score_steps, score)])
 
