@@ -9,7 +9,7 @@ from torch import nn
 
 from pipelines.corpus import corpus_scenes, rendered_corpus, split_held_out
 from pipelines.mini_clip import encode_texts, new_model, tokenize, write_configuration
-from pipelines.mini_clip_data import altered, augment, sample_parts
+from pipelines.mini_clip_data import altered, augment, mix_classes, sample_parts
 from pipelines.mini_clip_loss import ClassNameLoss
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 from pipelines.scenes import PARTS, Scene, sample_scene
@@ -125,6 +125,42 @@ def test_augmentation_changes_a_photograph_every_time_and_stays_in_range():
     assert changed.shape == photo.shape
     assert changed.abs().max() <= 1
     assert all((changed[0] - other).abs().mean() > 0.05 for other in changed[1:])
+
+
+def test_cutmix_states_the_share_of_the_pixels_that_each_class_has_and_leaves_scenes():
+    """Images of one colour for each class, so that the shares can be counted."""
+    labels = torch.tensor([0, 1, -1, 2])
+    pixels = torch.stack([torch.full((3, 32, 32), float(label)) for label in labels])
+    changed = 0
+    for seed in range(20):
+        mixed, shares = mix_classes(pixels, labels, 3, 1.0, np.random.default_rng(seed))
+        counted = torch.stack([(mixed[:, 0] == label).float().mean(dim=(1, 2)) for label in range(3)], dim=1)
+        torch.testing.assert_close(shares, counted)
+        assert torch.equal(mixed[2], pixels[2])
+        changed += not torch.equal(mixed, pixels)
+    assert changed > 10
+
+
+def test_without_cutmix_an_image_is_of_its_class_alone():
+    labels = torch.tensor([1, -1])
+    pixels = torch.rand(2, 3, 8, 8)
+    mixed, shares = mix_classes(pixels, labels, 2, 0.0, np.random.default_rng(0))
+    assert torch.equal(mixed, pixels)
+    assert shares.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+@torch.no_grad()
+def test_a_mixed_photograph_has_both_classes_as_its_target(loss, tokenizer):
+    loss.smoothing = 0.0
+    inputs = batch(tokenizer, [0, 2], ["unread"] * 2)
+    inputs["classes"] = torch.tensor([[0.7, 0.0, 0.3], [0.2, 0.0, 0.8]])
+    logits = logits_over(loss, inputs["pixels"], loss.names[0, [0, 2]])
+    photos = loss.model.encode_image(inputs["pixels"].contiguous(memory_format=torch.channels_last), normalize=True)
+    anchors = loss.model.logit_scale.exp() * nn.functional.normalize(loss.anchors, dim=-1)
+    names = nn.functional.cross_entropy(encode_texts(loss.model, loss.names[0, [0, 2]]) @ anchors.T, torch.tensor([0, 2]))
+    expected = nn.functional.cross_entropy(logits, inputs["classes"][:, [0, 2]])
+    expected += nn.functional.cross_entropy(photos @ anchors.T, inputs["classes"]) + names
+    torch.testing.assert_close(loss(**inputs), expected)
 
 
 def test_the_scenes_of_a_corpus_match_its_captions():

@@ -13,7 +13,7 @@ from pipelines import mini_clip
 from pipelines.corpus import Corpus, join, rendered_corpus
 from training.options.pretraining import PretrainOptions
 from training.pretraining import clip as pretrain_clip
-from training.pretraining.clip import ClipBatches, clip_data, estimate_normalisation, export_clip, train_clip
+from training.pretraining.clip import ClipBatches, clip_data, estimate_normalisation, export_clip, new_loss, train_clip
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
@@ -91,6 +91,14 @@ def test_no_batch_shows_a_held_out_photograph_and_every_scene_keeps_its_caption(
     scenes = drawn["classes"].sum(dim=-1) == 0
     assert 16 < scenes.sum() < 48
     assert (drawn["captions"][scenes, None] != drawn["wrong"][scenes]).any(dim=-1).all()
+
+
+def test_a_training_can_start_from_the_weights_of_a_finished_one(trained, corpus, tmp_path):
+    given = options(tmp_path, clip_weights=str(trained / "mini-clip"))
+    loss = new_loss(given, clip_data(given, corpus))
+    finished = mini_clip.load_model(trained / "mini-clip").state_dict()
+    assert all(torch.equal(value, finished[name]) for name, value in loss.model.state_dict().items())
+    torch.testing.assert_close(loss.anchors, mini_clip.zero_shot_weights(loss.model.eval(), loss.names))
 
 
 def test_normalisation_is_estimated_over_all_batches_and_the_weights_stay():

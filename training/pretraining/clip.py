@@ -218,6 +218,8 @@ def export_clip(options: PretrainOptions, corpus: Corpus) -> None:
         batch=options.clip_batch_size,
         images=steps * options.clip_batch_size,
         rate=options.clip_learning_rate,
+        decay=options.clip_decay_share,
+        cutmix=options.clip_cutmix,
         precision=options.mixed_precision,
         held_out=held_out_accuracy(model, data.held_out, data.held_out_labels, loss.names),
         zero_shot=scene_accuracies(

@@ -38,9 +38,9 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
 {note}
 ## How long
 
-{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero in the
-last steps, label smoothing 0.1, {precision}. Images are shifted, and photographs also zoomed, rotated and
-changed in brightness and colour.
+{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero over the
+last {decay:.0%} of the steps, label smoothing 0.1, {precision}. Images are shifted, and photographs also zoomed, rotated and
+changed in brightness and colour. CutMix joins photographs of two classes in {cutmix:.0%} of the batches.
 
 The command also trains it on other images: `IMAGES` is a folder with zips of `<class id>/<image>` and a `classes.json`
 that names the classes.
@@ -84,6 +84,8 @@ class ClipFacts:
     batch: int
     images: int
     rate: float
+    decay: float
+    cutmix: float
     precision: str
     held_out: float
     zero_shot: dict[str, ZeroShotScores]
@@ -97,7 +99,8 @@ class ClipFacts:
         ]
         command = (
             "accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT \\\n"
-            f"  --stages clip export_clip --clip_steps {self.steps} --mixed_precision {self.precision}"
+            f"  --stages clip export_clip --clip_steps {self.steps} --mixed_precision {self.precision} \\\n"
+            f"  --clip_decay_share {self.decay:g} --clip_cutmix {self.cutmix:g}"
         )
         return vars(self) | {
             "precision": f"mixed precision {self.precision}" if self.precision != "no" else "single precision",
