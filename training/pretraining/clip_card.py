@@ -38,8 +38,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
 {note}
 ## How long
 
-{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero over the
-last {decay:.0%} of the steps, label smoothing 0.1, {precision}. Images are shifted, and photographs also zoomed, rotated and
+{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero over
+the last {decay:.0%} of the steps, label smoothing 0.1, {precision}. Images are shifted, and photographs also zoomed, rotated and
 changed in brightness and colour. CutMix joins photographs of two classes in {cutmix:.0%} of the batches.
 
 The command also trains it on other images: `IMAGES` is a folder with zips of `<class id>/<image>` and a `classes.json`
