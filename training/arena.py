@@ -43,13 +43,13 @@ from training.comparison.blind import write_sheets
 from training.comparison.cells import Cell
 from training.comparison.figures import write_figures
 from training.comparison.measures import observations_of
-from training.comparison.report import MARKDOWN, write_document, write_report
+from training.comparison.report import write_document, write_report
 from training.comparison.schedule import Schedule
 from training.comparison.tasks import ArenaTask, FewShotArena, SubjectArena, check_flags
 from training.comparison.variants import variants_of
 from training.comparison.verdict import verdict_of
 from training.comparison.workers import Workers, workers_of
-from training.runs.arena_files import ArenaReport, CellRecord
+from training.runs.arena_files import MARKDOWN, ArenaReport, CellRecord
 from training.runs.run import RunDirectory
 from training.runs.run_files import FITTING, REPORTING
 
@@ -120,13 +120,16 @@ def locked(folder: Path) -> Iterator[None]:
 def run_cells(run: RunDirectory, schedule: Schedule, workers: Workers, options: ArenaOptions) -> None:
     """Run cells until none is left, as many at once as there are workers."""
     running: dict = {}
-    reported = time.monotonic()
+    began = reported = time.monotonic()
+    ended_before, _ = schedule.progress()
     while True:
         waiting = [cell for cell in schedule.pending() if cell not in running.values()]
         for cell in waiting[: workers.count - len(running)]:
             running[workers.submit(cell.folder(run.path), schedule.new_record(cell))] = cell
         ended, planned = schedule.progress()
-        run.update_status(phase=FITTING, step=ended, total=planned, share=ended / planned)
+        pace = (time.monotonic() - began) / (ended - ended_before) if ended > ended_before else None
+        left = None if pace is None else pace * (planned - ended)
+        run.update_status(phase=FITTING, step=ended, total=planned, share=ended / planned, seconds_left=left)
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from pipelines.fewshot.metric_values import Interval
-from training.comparison.analysis import comparisons_of, merged, ranked, summaries_of, with_seconds_to_quality
-from training.comparison.blind import FOLDER, KEY, RATINGS, write_sheets
-from training.comparison.figures import front_of, write_figures
+from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
+from training.comparison.blind import write_sheets
+from training.comparison.figures import write_figures
 from training.comparison.report import markdown, write_document, write_report
 from training.comparison.verdict import verdict_of
-from training.runs.arena_files import ArenaReport, Observation
+from training.runs.arena_files import BLIND, KEY, RATINGS, ArenaReport, Observation
+from training.runs.arena_results import front_of, ranked
 
 
 def observation(variant, dataset, seed, quality, parameters=100, task="few-shot", **more):
@@ -143,23 +144,23 @@ def test_blind_sheets_show_letters_alone_and_the_key_is_apart(tmp_path):
         for index in range(2):
             Image.new("RGB", (64, 64), colours[one.variant]).save(folder / f"{index}.png")
     sheets = write_sheets(observations, tmp_path)
-    key = json.loads((tmp_path / FOLDER / KEY).read_text())
+    key = json.loads((tmp_path / BLIND / KEY).read_text())
     assert len(sheets) == 4
     assert len({tuple(rows.values()) for rows in key.values()}) > 1
     for sheet in sheets:
         pixels = np.asarray(Image.open(sheet).convert("RGB"))
         first_row = {name: (pixels == colour).all(axis=-1).any(axis=1).argmax() for name, colour in colours.items()}
         assert sorted(colours, key=first_row.__getitem__) == list(key[sheet.stem].values())
-    ratings = list(csv.DictReader((tmp_path / FOLDER / RATINGS).open()))
+    ratings = list(csv.DictReader((tmp_path / BLIND / RATINGS).open()))
     assert len(ratings) == 12
-    assert not any(name in Path(tmp_path / FOLDER / RATINGS).read_text() for name in colours)
+    assert not any(name in Path(tmp_path / BLIND / RATINGS).read_text() for name in colours)
 
 
 def test_ratings_that_somebody_has_filled_in_are_not_replaced(tmp_path):
     one = observation("lora", "toy", 0, 0.5, task="subject")
     (tmp_path / one.cell / "evaluation").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / one.cell / "evaluation" / "0.png")
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / RATINGS).write_text("filled in")
+    (tmp_path / BLIND).mkdir()
+    (tmp_path / BLIND / RATINGS).write_text("filled in")
     write_sheets([one], tmp_path)
-    assert (tmp_path / FOLDER / RATINGS).read_text() == "filled in"
+    assert (tmp_path / BLIND / RATINGS).read_text() == "filled in"

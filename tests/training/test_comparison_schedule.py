@@ -70,6 +70,14 @@ def test_every_rate_is_swept_before_anything_is_measured(subjects, tmp_path):
     assert len(pending) == 3 * len(options.method.learning_rate_factors)
 
 
+def test_a_cell_that_chooses_the_rate_of_several_subjects_counts_once(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects, "--methods", "lora", "--seeds", 0, 1)
+    schedule = schedule_of(tmp_path / "arena", [SubjectArena.create(options)], options)
+    sweep = schedule.pending()
+    end_subject(schedule, sweep[0], 0.5)
+    assert schedule.progress() == (1, len(sweep) + 3 * 2)
+
+
 def test_the_rate_of_a_subject_is_chosen_on_the_other_subjects(subjects, tmp_path):
     """Rates whose order differs between the subjects: each gets the best one of the others."""
     options = options_of("--subjects_dir", subjects, "--methods", "lora", "--seeds", 0)

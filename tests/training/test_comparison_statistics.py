@@ -8,7 +8,8 @@ import pytest
 from scipy.stats import binomtest, rankdata, wilcoxon
 
 from training.comparison.rates import MAX_EXTENSIONS, choose_rate
-from training.comparison.statistics import bootstrap_interval, holm, pareto_front, signed_rank_p
+from training.comparison.statistics import bootstrap_interval, holm, signed_rank_p
+from training.runs.arena_results import pareto_front
 
 
 def test_the_interval_of_one_dataset_is_that_of_the_mean_of_its_seeds():

@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import combinations
 
 from pipelines.run_options import Task
-from training.comparison.measures import MEASURES, PRIMARY, TESTED, measure_named
 from training.comparison.statistics import bootstrap_interval, holm, signed_rank_p
 from training.runs.arena_files import MeasureSummary, Observation, PairedComparison
+from training.runs.arena_results import PRIMARY, TESTED, measure_named
 
 Split = tuple[str, int]
 
@@ -92,24 +92,3 @@ def _interval(differences: Mapping[Split, float]):
 def _adjusted(comparisons: Sequence[PairedComparison]) -> list[PairedComparison]:
     adjusted = holm([one.p for one in comparisons])
     return [replace(one, adjusted_p=p) for one, p in zip(comparisons, adjusted, strict=True)]
-
-
-def mean_of(
-    summaries: Sequence[MeasureSummary], task: Task, shots: int | None, measure: str, variant: str
-) -> MeasureSummary | None:
-    """The mean over all datasets; None if the variant does not have the measure."""
-    wanted = (task, None, variant, shots, measure)
-    return next((s for s in summaries if (s.task, s.dataset, s.variant, s.shots, s.measure) == wanted), None)
-
-
-def ranked(summaries: Sequence[MeasureSummary], task: Task, shots: int | None, measure: str) -> list[MeasureSummary]:
-    """The means over all datasets, the best one first."""
-    sign = -1 if measure_named(task, measure).better == "higher" else 1
-    chosen = [s for s in summaries if (s.task, s.dataset, s.shots, s.measure) == (task, None, shots, measure)]
-    return sorted(chosen, key=lambda summary: sign * summary.interval.value)
-
-
-def all_measures(task: Task, summaries: Sequence[MeasureSummary]) -> list[str]:
-    """The names of the measures of `task` that have a mean, in their order."""
-    present = {summary.measure for summary in summaries if summary.task == task}
-    return [measure.name for measure in MEASURES[task] if measure.name in present]

@@ -13,9 +13,8 @@ from string import ascii_uppercase
 from PIL import Image
 
 from pipelines.images import labelled_grid
-from training.runs.arena_files import Observation
+from training.runs.arena_files import BLIND, KEY, RATINGS, Observation
 
-FOLDER, KEY, RATINGS = "blind", "key.json", "ratings.csv"
 # Images of each method on a sheet.
 COLUMNS = 8
 
@@ -37,7 +36,7 @@ def write_sheets(observations: Sequence[Observation], arena: Path, seed: int = 0
             rows[f"{one.dataset}-seed-{one.seed}"][one.variant] = images[:COLUMNS]
     if not rows:
         return []
-    folder, key = arena / FOLDER, {}
+    folder, key = arena / BLIND, {}
     folder.mkdir(exist_ok=True)
     for sheet, images_by_variant in sorted(rows.items()):
         order = sorted(images_by_variant)

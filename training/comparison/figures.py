@@ -10,11 +10,9 @@ from matplotlib.figure import Figure
 
 from pipelines.fewshot.metric_values import Interval
 from pipelines.run_options import Task
-from training.comparison.analysis import mean_of, ranked
-from training.comparison.measures import MEASURES, PRIMARY, measure_named
-from training.comparison.statistics import pareto_front
-from training.comparison.verdict import largest_shots
 from training.runs.arena_files import ArenaReport
+from training.runs.arena_results import MEASURES, PRIMARY, front_of, largest_shots, measure_named, points_of, ranked
+from training.runs.naming import variant_title
 
 SIZE, DPI = (8.0, 5.0), 120
 FRONT_COLOUR, OTHER_COLOUR = "#c2410c", "#64748b"
@@ -36,23 +34,6 @@ def write_figures(report: ArenaReport, folder: Path) -> dict[Task, list[str]]:
     return names
 
 
-def front_of(report: ArenaReport, task: Task, shots: int | None) -> list[str]:
-    """The variants that no other one beats in both quality and parameters, by rising parameters."""
-    sign = -1 if measure_named(task, PRIMARY[task]).better == "lower" else 1
-    points = {name: (parameters, sign * quality) for name, parameters, quality, *_ in points_of(report, task, shots)}
-    return pareto_front(points)
-
-
-def points_of(report: ArenaReport, task: Task, shots: int | None) -> list[tuple[str, float, float, float, float]]:
-    """Name, parameters, quality and the bounds of its interval of each variant with both."""
-    points = []
-    for one in ranked(report.summaries, task, shots, PRIMARY[task]):
-        parameters = mean_of(report.summaries, task, shots, "parameters", one.variant)
-        if parameters is not None:
-            points.append((one.variant, parameters.interval.value, one.interval.value, one.interval.low, one.interval.high))
-    return points
-
-
 def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) -> Figure | None:
     """The primary measure of each variant against its trained parameters; None without two variants."""
     points = points_of(report, task, shots)
@@ -64,7 +45,9 @@ def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) ->
     for name, parameters, quality, low, high in points:
         colour = FRONT_COLOUR if name in front else OTHER_COLOUR
         axes.errorbar(parameters, quality, [[quality - low], [high - quality]], fmt="o", color=colour, capsize=2)
-        axes.annotate(name, (parameters, quality), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        axes.annotate(
+            variant_title(name), (parameters, quality), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour
+        )
     on_front = {name: (parameters, quality) for name, parameters, quality, *_ in points}
     axes.plot(*zip(*(on_front[name] for name in front), strict=True), color=FRONT_COLOUR, linewidth=1)
     axes.set_xscale("symlog", linthresh=100)
@@ -97,7 +80,7 @@ def quality_by_shots(report: ArenaReport, task: Task) -> Figure | None:
 
 def _draw_curve(axes: Axes, label: str, by_shots: Mapping[int, Interval]) -> None:
     shots, intervals = sorted(by_shots), [by_shots[number] for number in sorted(by_shots)]
-    axes.plot(shots, [interval.value for interval in intervals], marker="o", markersize=3, label=label)
+    axes.plot(shots, [interval.value for interval in intervals], marker="o", markersize=3, label=variant_title(label))
     axes.fill_between(shots, [one.low for one in intervals], [one.high for one in intervals], alpha=0.12)
 
 

@@ -1,11 +1,9 @@
-"""The measures of an arena: what they are called, which direction is better, and how they are read from run directories."""
+"""How the measures of an arena are read from run directories."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pipelines.errors import InputError
 from pipelines.run_options import Task
@@ -17,78 +15,7 @@ from training.runs.record import RunRecord
 from training.runs.run_files import CALIBRATING, TRAINING, DryRunReport
 from training.runs.subject_files import SubjectEvaluation
 
-Direction = Literal["higher", "lower"]
 MB = 1e6
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A measure.
-
-    Args:
-        name: in the files.
-        title: its name for people.
-        better: the direction that is better; None for a measure that is a property.
-        form: of its values, as of `format`.
-        explanation: what it is, in a sentence.
-    """
-
-    name: str
-    title: str
-    better: Direction | None
-    form: str
-    explanation: str
-
-    def text(self, value: float) -> str:
-        """The value for people."""
-        return format(value, self.form)
-
-
-COSTS = (
-    Measure("parameters", "parameters", "lower", ",.0f", "trained parameters"),
-    Measure("bytes", "file, bytes", "lower", ",.0f", "the smallest native file of the adapter"),
-    Measure("seconds", "seconds", "lower", ",.1f", "of the training, without measurements and exports"),
-    Measure("peak_memory", "peak memory, MB", "lower", ",.0f", "of the process on a CPU, of tensors on a GPU"),
-    Measure("seconds_to_quality", "seconds to quality", "lower", ",.1f", "until the reference's final quality is reached"),
-)
-MEASURES: dict[Task, tuple[Measure, ...]] = {
-    "subject": (
-        Measure(
-            "heldout_loss", "held-out loss", "lower", ".4f", "denoising loss on the photo that was left out, with fixed noise"
-        ),
-        Measure(
-            "image_similarity", "image-image", "higher", ".3f", "similarity of generated images to the photo that was left out"
-        ),
-        Measure("text_similarity", "image-text", "higher", ".3f", "similarity of generated images to their prompts"),
-        Measure(
-            "copying",
-            "copying",
-            "lower",
-            ".3f",
-            "similarity to the nearest training photo minus that to the photo that was left out",
-        ),
-        Measure(
-            "drift", "drift", "lower", ".3f", "change of images of unrelated prompts, adapter on against off, with equal noise"
-        ),
-        *COSTS,
-    ),
-    "few-shot": (
-        Measure("top1", "top-1", "higher", ".1%", "accuracy on test images"),
-        Measure("calibration_error", "calibration error", "lower", ".3f", "expected calibration error on test images"),
-        Measure("harmonic_mean", "base-to-new", "higher", ".1%", "harmonic mean of the accuracies on trained and on new classes"),
-        Measure("below_zero_shot", "below zero-shot", "lower", ".0%", "share of the splits with a lower accuracy than zero-shot"),
-        *COSTS,
-    ),
-}
-# The measure by which methods are ranked.
-PRIMARY: dict[Task, str] = {"subject": "heldout_loss", "few-shot": "top1"}
-# The measures that methods are compared by in pairs.
-TESTED: dict[Task, tuple[str, ...]] = {"subject": ("heldout_loss", "image_similarity", "text_similarity"), "few-shot": ("top1",)}
-
-
-def measure_named(task: Task, name: str) -> Measure:
-    """The measure called `name`."""
-    return next(measure for measure in MEASURES[task] if measure.name == name)
 
 
 def validation_score(task: Task, folder: Path) -> float:

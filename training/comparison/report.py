@@ -10,12 +10,20 @@ from pathlib import Path
 from pipelines.run_options import Task
 from pipelines.tables import harmless, markdown_table, replace_parts
 from pipelines.text_files import write_text_atomically
-from training.comparison.analysis import all_measures, mean_of, ranked
-from training.comparison.measures import MEASURES, PRIMARY, TESTED, measure_named
-from training.comparison.verdict import TASK_NAMES, comparison_of
-from training.runs.arena_files import ArenaReport, MeasureSummary
+from training.runs.arena_files import MARKDOWN, OBSERVATIONS, ArenaReport, MeasureSummary
+from training.runs.arena_results import (
+    MEASURES,
+    PRIMARY,
+    TASK_NAMES,
+    TESTED,
+    all_measures,
+    differences_to_best,
+    mean_of,
+    measure_named,
+    ranked,
+)
+from training.runs.naming import variant_title
 
-MARKDOWN, OBSERVATIONS = "README.md", "observations.csv"
 # In the comments around the parts of a document.
 COMMAND = "nora-vision arena"
 CAPTIONS = ("Quality against trained parameters", "Accuracy by training images per class")
@@ -106,7 +114,7 @@ def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
         yield f"{shots} {'shot' if shots == 1 else 'shots'}:"
         yield ""
     order = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
-    rows = ([variant, *(_mean(report, task, shots, name, variant) for name in names)] for variant in order)
+    rows = ([variant_title(variant), *(_mean(report, task, shots, name, variant) for name in names)] for variant in order)
     yield markdown_table(["method", *(measure_named(task, name).title for name in names)], rows)
 
 
@@ -131,7 +139,9 @@ def _by_dataset(report: ArenaReport, task: Task, shots: int | None) -> Iterator[
     order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
     yield f"{measure_named(task, name).title} on each dataset, with the interval over its seeds:"
     yield ""
-    yield markdown_table(["method", *datasets], ([v, *(cells.get((v, dataset), "") for dataset in datasets)] for v in order))
+    yield markdown_table(
+        ["method", *datasets], ([variant_title(v), *(cells.get((v, dataset), "") for dataset in datasets)] for v in order)
+    )
 
 
 def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
@@ -139,15 +149,11 @@ def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
     name = PRIMARY[task]
     order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
     text = measure_named(task, name).text
-    yield f"Paired differences to {order[0]} (Wilcoxon's signed-rank test, adjusted by Holm's method for all pairs):"
+    best = variant_title(order[0])
+    yield f"Paired differences to {best} (Wilcoxon's signed-rank test, adjusted by Holm's method for all pairs):"
     yield ""
-    rows = []
-    for variant in order[1:]:
-        comparison = comparison_of(report.comparisons, task, shots, name, frozenset((variant, order[0])))
-        if comparison is not None:
-            sign = 1 if comparison.first == variant else -1
-            interval = comparison.difference
-            bounds = sorted((sign * interval.low, sign * interval.high))
-            difference = f"{text(sign * interval.value)} ({text(bounds[0])} to {text(bounds[1])})"
-            rows.append([variant, difference, str(comparison.count), f"{comparison.adjusted_p:.3g}"])
+    rows = [
+        [variant_title(variant), f"{text(one.value)} ({text(one.low)} to {text(one.high)})", str(count), f"{p:.3g}"]
+        for variant, one, count, p in differences_to_best(report, task, shots)
+    ]
     yield markdown_table(["method", "difference", "splits", "adjusted p"], rows)

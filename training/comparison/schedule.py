@@ -67,14 +67,15 @@ class Schedule:
 
     def progress(self) -> tuple[int, int]:
         """How many cells have ended, and how many there are; those whose learning rate is not chosen yet are estimated."""
-        ended, planned = 0, 0
+        needed: set[Cell] = set()
+        estimated = 0
         for task, variant in self.pairs():
             for dataset in task.datasets:
-                cells = list(dict.fromkeys(self._needed(task, variant, dataset)))
-                ended += sum(self.ended(cell) is not None for cell in cells)
+                cells = list(self._needed(task, variant, dataset))
+                needed.update(cells)
                 has_rates = any(cell.is_measured for cell in cells) or self.failures(task, variant)
-                planned += len(cells) + (0 if has_rates else task.measured_count)
-        return ended, max(planned, 1)
+                estimated += 0 if has_rates else task.measured_count
+        return sum(self.ended(cell) is not None for cell in needed), max(len(needed) + estimated, 1)
 
     def ended(self, cell: Cell) -> CellRecord | None:
         """The record of a cell that has ended; None if it has not, or is to be run again."""

@@ -61,19 +61,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.maximum.accumulate(scaled)
     return adjusted.tolist()
-
-
-def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names of the points that no other point beats: none has at most their cost and a higher quality, or less cost and the
-    same quality; by rising cost.
-
-    Args:
-        points: cost and quality of each name; a higher quality is better.
-    """
-    front: list[str] = []
-    best = -np.inf
-    for name, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
-        if quality > best:
-            front.append(name)
-            best = quality
-    return front

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines import BASELINES
-from pipelines.methods import method_names, title_of
+from pipelines.methods import method_names
 from pipelines.run_options import Task
 from training.options.arena import ALL
-from training.runs.naming import BASELINES as BASELINE_TITLES
 
 RATE = "learning_rate"
 
@@ -53,13 +52,6 @@ class MethodVariant:
     def fixed_rate(self) -> float | None:
         """The learning rate among its options; it is then not swept. None without one."""
         return next((float(value) for name, value in self.options if name == RATE), None)
-
-    @property
-    def title(self) -> str:
-        """Its name for people."""
-        title = BASELINE_TITLES[self.method][0] if self.is_baseline else title_of(self.method)
-        given = ", ".join(f"{name} {value}" for name, value in self.options)
-        return f"{title} ({given})" if given else title
 
     def flags(self) -> list[str]:
         """Its flags, without the learning rate."""

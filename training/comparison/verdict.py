@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.run_options import Task
-from training.comparison.analysis import mean_of, ranked
-from training.comparison.measures import PRIMARY, measure_named
 from training.comparison.statistics import CONFIDENCE
 from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
+from training.runs.arena_results import PRIMARY, TASK_NAMES, comparison_of, largest_shots, mean_of, measure_named, ranked
+from training.runs.naming import variant_title
 
 SIGNIFICANT = 1 - CONFIDENCE
-# Of the best image-image similarity, the share that the copying of a subject is judged by.
-TASK_NAMES: dict[Task, str] = {"subject": "subjects", "few-shot": "labelled datasets"}
 
 
 def verdict_of(report: ArenaReport, task: Task) -> list[str]:
@@ -33,20 +31,6 @@ def verdict_of(report: ArenaReport, task: Task) -> list[str]:
     ]
 
 
-def largest_shots(summaries: Sequence[MeasureSummary], task: Task) -> int | None:
-    """The most shots that were measured; None for a task without shots."""
-    shots = [summary.shots for summary in summaries if summary.task == task and summary.shots is not None]
-    return max(shots, default=None)
-
-
-def comparison_of(
-    comparisons: Sequence[PairedComparison], task: Task, shots: int | None, measure: str, pair: frozenset[str]
-) -> PairedComparison | None:
-    """The comparison of the two variants in `pair`; None if they share no split."""
-    wanted = (task, shots, measure, pair)
-    return next((c for c in comparisons if (c.task, c.shots, c.measure, frozenset((c.first, c.second))) == wanted), None)
-
-
 def _is_worse(comparisons: Sequence[PairedComparison], task: Task, shots: int | None, variant: str, best: str) -> bool:
     comparison = comparison_of(comparisons, task, shots, PRIMARY[task], frozenset((variant, best)))
     return comparison is not None and comparison.adjusted_p < SIGNIFICANT
@@ -54,7 +38,7 @@ def _is_worse(comparisons: Sequence[PairedComparison], task: Task, shots: int | 
 
 def _best(report: ArenaReport, task: Task, shots: int | None, ranking: Sequence[MeasureSummary], equal: Sequence[str]) -> str:
     measure = measure_named(task, PRIMARY[task])
-    winner, interval = ranking[0].variant, ranking[0].interval
+    winner, interval = variant_title(ranking[0].variant), ranking[0].interval
     at = f" at {shots} shots" if shots is not None else ""
     bounds = f"{measure.text(interval.value)}, 95% interval {measure.text(interval.low)} to {measure.text(interval.high)}"
     count = len(ranking) - 1
@@ -78,7 +62,10 @@ def _smallest(report: ArenaReport, task: Task, shots: int | None, best: str, equ
     if smallest == best:
         return f"It is also the smallest of the methods that are not significantly worse, with {size}."
     share = parameters[smallest] / parameters[best]
-    return f"The smallest method that is not significantly worse is {smallest}, with {size}, {share:.1%} of those of {best}."
+    return (
+        f"The smallest method that is not significantly worse is {variant_title(smallest)}, with {size}, "
+        f"{share:.1%} of those of {variant_title(best)}."
+    )
 
 
 def _caveat(report: ArenaReport, task: Task, shots: int | None, best: str) -> str:
@@ -87,14 +74,13 @@ def _caveat(report: ArenaReport, task: Task, shots: int | None, best: str) -> st
         below = mean_of(report.summaries, task, shots, "below_zero_shot", best)
         new = ranked(report.summaries, task, shots, "harmonic_mean")
         if new and new[0].variant != best:
-            return (
-                f"For classes that it was not trained on, {new[0].variant} is better (base-to-new {new[0].interval.value:.1%})."
-            )
+            return f"For classes that it was not trained on, {variant_title(new[0].variant)} is better "
+                f"(base-to-new {new[0].interval.value:.1%})."
         share = 0.0 if below is None else below.interval.value
         return f"It was below zero-shot on {share:.0%} of the splits."
     leaders = {name: ranked(report.summaries, task, shots, name) for name in ("text_similarity", "copying", "drift")}
     others = [
-        f"{measure_named(task, name).title} ({order[0].variant})"
+        f"{measure_named(task, name).title} ({variant_title(order[0].variant)})"
         for name, order in leaders.items()
         if order and order[0].variant != best
     ]

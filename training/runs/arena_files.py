@@ -11,6 +11,10 @@ from pipelines.run_file import RunFile
 from pipelines.run_options import Task
 
 CELLS = "cells"
+# The report for people, and the values that it is made of.
+MARKDOWN, OBSERVATIONS = "README.md", "observations.csv"
+# The folder of sheets that are judged without knowing the methods; the methods of the letters, and the ratings.
+BLIND, KEY, RATINGS = "blind", "key.json", "ratings.csv"
 Purpose = Literal["pace", "sweep", "final", "base-to-new"]
 State = Literal["running", "done", "failed"]
 
@@ -52,7 +56,7 @@ class Observation:
     Args:
         dataset: a subject's name, or a labelled dataset's.
         shots: training images per class; None for a subject.
-        values: by the name of the measure, see `training.comparison.measures`; a measure that does not apply is missing.
+        values: by the name of the measure, see `training.runs.arena_results`; a measure that does not apply is missing.
         cell: the run directory, relative to the arena's.
         curve: seconds since the start of the training, and the quality then: the held-out loss, or the validation accuracy.
     """

@@ -122,3 +122,10 @@ def header_of(title: str, options: Options, step: int, private: bool = False) ->
 def method_name(method: str) -> str:
     """The display name of an adapter method or a baseline."""
     return BASELINES[method][0] if method in BASELINES else adapter_title(method)
+
+
+def variant_title(label: str) -> str:
+    """The display name of a method with options of an arena, written as in its command: name:option=value,option=value."""
+    method, _, options = label.partition(":")
+    given = options.replace("=", " ").replace(",", ", ")
+    return f"{method_name(method)} ({given})" if given else method_name(method)

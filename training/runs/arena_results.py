@@ -1,0 +1,168 @@
+"""What the report of an arena says: the measures, the ranking of methods by one of them, and the Pareto front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.fewshot.metric_values import Interval
+from pipelines.run_options import Task
+from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
+
+Direction = Literal["higher", "lower"]
+TASK_NAMES: dict[Task, str] = {"subject": "subjects", "few-shot": "labelled datasets"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure.
+
+    Args:
+        name: in the files.
+        title: its name for people.
+        better: the direction that is better; None for a measure that is a property.
+        form: of its values, as of `format`.
+        explanation: what it is, in a sentence.
+    """
+
+    name: str
+    title: str
+    better: Direction | None
+    form: str
+    explanation: str
+
+    def text(self, value: float) -> str:
+        """The value for people."""
+        return format(value, self.form)
+
+
+COSTS = (
+    Measure("parameters", "parameters", "lower", ",.0f", "trained parameters"),
+    Measure("bytes", "file, bytes", "lower", ",.0f", "the smallest native file of the adapter"),
+    Measure("seconds", "seconds", "lower", ",.1f", "of the training, without measurements and exports"),
+    Measure("peak_memory", "peak memory, MB", "lower", ",.0f", "of the process on a CPU, of tensors on a GPU"),
+    Measure("seconds_to_quality", "seconds to quality", "lower", ",.1f", "until the reference's final quality is reached"),
+)
+MEASURES: dict[Task, tuple[Measure, ...]] = {
+    "subject": (
+        Measure(
+            "heldout_loss", "held-out loss", "lower", ".4f", "denoising loss on the photo that was left out, with fixed noise"
+        ),
+        Measure(
+            "image_similarity", "image-image", "higher", ".3f", "similarity of generated images to the photo that was left out"
+        ),
+        Measure("text_similarity", "image-text", "higher", ".3f", "similarity of generated images to their prompts"),
+        Measure(
+            "copying",
+            "copying",
+            "lower",
+            ".3f",
+            "similarity to the nearest training photo minus that to the photo that was left out",
+        ),
+        Measure(
+            "drift", "drift", "lower", ".3f", "change of images of unrelated prompts, adapter on against off, with equal noise"
+        ),
+        *COSTS,
+    ),
+    "few-shot": (
+        Measure("top1", "top-1", "higher", ".1%", "accuracy on test images"),
+        Measure("calibration_error", "calibration error", "lower", ".3f", "expected calibration error on test images"),
+        Measure("harmonic_mean", "base-to-new", "higher", ".1%", "harmonic mean of the accuracies on trained and on new classes"),
+        Measure("below_zero_shot", "below zero-shot", "lower", ".0%", "share of the splits with a lower accuracy than zero-shot"),
+        *COSTS,
+    ),
+}
+# The measure by which methods are ranked.
+PRIMARY: dict[Task, str] = {"subject": "heldout_loss", "few-shot": "top1"}
+# The measures that methods are compared by in pairs.
+TESTED: dict[Task, tuple[str, ...]] = {"subject": ("heldout_loss", "image_similarity", "text_similarity"), "few-shot": ("top1",)}
+
+
+def measure_named(task: Task, name: str) -> Measure:
+    """The measure called `name`."""
+    return next(measure for measure in MEASURES[task] if measure.name == name)
+
+
+def mean_of(
+    summaries: Sequence[MeasureSummary], task: Task, shots: int | None, measure: str, variant: str
+) -> MeasureSummary | None:
+    """The mean over all datasets; None if the variant does not have the measure."""
+    wanted = (task, None, variant, shots, measure)
+    return next((s for s in summaries if (s.task, s.dataset, s.variant, s.shots, s.measure) == wanted), None)
+
+
+def ranked(summaries: Sequence[MeasureSummary], task: Task, shots: int | None, measure: str) -> list[MeasureSummary]:
+    """The means over all datasets, the best one first."""
+    sign = -1 if measure_named(task, measure).better == "higher" else 1
+    chosen = [s for s in summaries if (s.task, s.dataset, s.shots, s.measure) == (task, None, shots, measure)]
+    return sorted(chosen, key=lambda summary: sign * summary.interval.value)
+
+
+def all_measures(task: Task, summaries: Sequence[MeasureSummary]) -> list[str]:
+    """The names of the measures of `task` that have a mean, in their order."""
+    present = {summary.measure for summary in summaries if summary.task == task}
+    return [measure.name for measure in MEASURES[task] if measure.name in present]
+
+
+def largest_shots(summaries: Sequence[MeasureSummary], task: Task) -> int | None:
+    """The most shots that were measured; None for a task without shots."""
+    shots = [summary.shots for summary in summaries if summary.task == task and summary.shots is not None]
+    return max(shots, default=None)
+
+
+def comparison_of(
+    comparisons: Sequence[PairedComparison], task: Task, shots: int | None, measure: str, pair: frozenset[str]
+) -> PairedComparison | None:
+    """The comparison of the two variants in `pair`; None if they share no split."""
+    wanted = (task, shots, measure, pair)
+    return next((c for c in comparisons if (c.task, c.shots, c.measure, frozenset((c.first, c.second))) == wanted), None)
+
+
+def differences_to_best(report: ArenaReport, task: Task, shots: int | None) -> list[tuple[str, Interval, int, float]]:
+    """Each variant but the best one: its difference to the best by the primary measure, the number of common splits, and the
+    adjusted p; the best first.
+    """
+    best, *others = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
+    rows = []
+    for variant in others:
+        comparison = comparison_of(report.comparisons, task, shots, PRIMARY[task], frozenset((variant, best)))
+        if comparison is not None:
+            one = comparison.difference
+            signed = one if comparison.first == variant else Interval(-one.value, -one.high, -one.low)
+            rows.append((variant, signed, comparison.count, comparison.adjusted_p))
+    return rows
+
+
+def front_of(report: ArenaReport, task: Task, shots: int | None) -> list[str]:
+    """The variants that no other one beats in both quality and parameters, by rising parameters."""
+    sign = -1 if measure_named(task, PRIMARY[task]).better == "lower" else 1
+    points = {name: (parameters, sign * quality) for name, parameters, quality, *_ in points_of(report, task, shots)}
+    return pareto_front(points)
+
+
+def points_of(report: ArenaReport, task: Task, shots: int | None) -> list[tuple[str, float, float, float, float]]:
+    """Name, parameters, quality and the bounds of its interval of each variant with both."""
+    points = []
+    for one in ranked(report.summaries, task, shots, PRIMARY[task]):
+        parameters = mean_of(report.summaries, task, shots, "parameters", one.variant)
+        if parameters is not None:
+            points.append((one.variant, parameters.interval.value, one.interval.value, one.interval.low, one.interval.high))
+    return points
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that no other point beats: none has at most their cost and a higher quality, or less cost and the
+    same quality; by rising cost.
+
+    Args:
+        points: cost and quality of each name; a higher quality is better.
+    """
+    front: list[str] = []
+    best = -math.inf
+    for name, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if quality > best:
+            front.append(name)
+            best = quality
+    return front
