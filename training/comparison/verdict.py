@@ -74,8 +74,8 @@ def _caveat(report: ArenaReport, task: Task, shots: int | None, best: str) -> st
         below = mean_of(report.summaries, task, shots, "below_zero_shot", best)
         new = ranked(report.summaries, task, shots, "harmonic_mean")
         if new and new[0].variant != best:
-            return f"For classes that it was not trained on, {variant_title(new[0].variant)} is better "
-                f"(base-to-new {new[0].interval.value:.1%})."
+            better, value = variant_title(new[0].variant), new[0].interval.value
+            return f"For classes that it was not trained on, {better} is better (base-to-new {value:.1%})."
         share = 0.0 if below is None else below.interval.value
         return f"It was below zero-shot on {share:.0%} of the splits."
     leaders = {name: ranked(report.summaries, task, shots, name) for name in ("text_similarity", "copying", "drift")}
