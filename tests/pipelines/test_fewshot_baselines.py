@@ -15,7 +15,7 @@ from toy_task import CLASSES, WIDTH, directions, held_out, toy_clip, toy_task
 from nora_vision.files import AdapterFileError, write_tensors
 from pipelines.errors import InputError
 from pipelines.fewshot import baselines
-from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, taskres, tip_adapter
+from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, lp_plus_plus, taskres, tip_adapter
 from pipelines.fewshot.baselines.choosing import choose, inputs_of
 from pipelines.fewshot.baselines.predictors import KeyValueCache, LinearHead, Predictor, adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
@@ -29,6 +29,7 @@ every = pytest.mark.parametrize("name", baselines.BASELINES)
 TRAINED = {
     "zeroshot": 0,
     "linear_probe": len(CLASSES) * (WIDTH + 1),
+    "lp_plus_plus": len(CLASSES) * (WIDTH + 1),
     "clap": len(CLASSES) * WIDTH,
     "tip_adapter": 0,
     "tip_adapter_f": 6 * len(CLASSES) * WIDTH,
@@ -270,6 +271,46 @@ def test_claps_penalty_keeps_the_prototypes_near_the_prompts(monkeypatch):
     fits = [clap.constrained_probe(task, 0, weight, learning_rate=1e-3) for weight in (0.0, 10.0, 100.0)]
     distances = [float((one.head.weight / task.logit_scale - task.class_features).norm()) for one in fits]
     assert distances[0] > distances[1] > distances[2] > 0
+
+
+def lp_plus_plus_loss(task, weight, alpha):
+    views = task.train.all_views()
+    labels = task.train.labels.repeat(len(views))
+    return F.cross_entropy(views.flatten(0, 1) @ (weight + alpha[:, None] * task.class_features).T, labels)
+
+
+def test_lp_plus_plus_descends_along_the_gradient_of_each_block():
+    task = toy_task()
+    iterates = list(lp_plus_plus.descent(task))
+    views = task.train.all_views()
+    features = views.flatten(0, 1)
+    steps = lp_plus_plus.step_sizes(features, features @ task.class_features.T)
+    weight, alpha = (value.clone().requires_grad_() for value in iterates[0])
+    (gradient,) = torch.autograd.grad(lp_plus_plus_loss(task, weight, alpha), weight)
+    # The velocity before: from the start, the sum of the images of each class.
+    start = torch.stack([views[:, task.train.labels == label].mean(dim=0).sum(dim=0) for label in range(len(CLASSES))])
+    expected = iterates[0][0] + lp_plus_plus.MOMENTUM * (iterates[0][0] - start) - steps[0] * gradient
+    torch.testing.assert_close(iterates[1][0], expected.detach())
+    weight, alpha = (value.clone().requires_grad_() for value in (iterates[9][0], iterates[8][1]))
+    (gradient,) = torch.autograd.grad(lp_plus_plus_loss(task, weight, alpha), alpha)
+    torch.testing.assert_close(iterates[9][1], (alpha - steps[1] * gradient).detach())
+    similarity = (views * task.class_features[task.train.labels]).sum(dim=-1).mean()
+    torch.testing.assert_close(alpha.detach(), lp_plus_plus.ALPHA_FACTOR * similarity.expand(len(CLASSES)))
+
+
+def test_no_step_of_alpha_in_lp_plus_plus_raises_the_loss_and_its_minimum_is_the_linear_probes(monkeypatch):
+    monkeypatch.setattr(lp_plus_plus, "STEPS", 1000)
+    # Noise that no linear classifier separates, so that the minimum exists.
+    task = toy_task(shots=40, noise=20.0)
+    iterates = list(lp_plus_plus.descent(task))
+    for step in range(lp_plus_plus.ALPHA_EVERY - 1, 300, lp_plus_plus.ALPHA_EVERY):
+        (_, before), (weight, after) = iterates[step - 1 : step + 1]
+        assert lp_plus_plus_loss(task, weight, after) <= lp_plus_plus_loss(task, weight, before) + 1e-6
+    views = task.train.all_views()
+    direct = LogisticRegression(C=math.inf, fit_intercept=False, tol=1e-8, max_iter=5000)
+    direct.fit(views.flatten(0, 1).double().numpy(), task.train.labels.repeat(len(views)).numpy())
+    best = lp_plus_plus_loss(task, torch.from_numpy(direct.coef_).float(), torch.zeros(len(CLASSES)))
+    assert lp_plus_plus_loss(task, *iterates[-1]) == pytest.approx(float(best), rel=0.02)
 
 
 @pytest.mark.parametrize("shots", [2, 9])

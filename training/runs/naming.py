@@ -27,6 +27,7 @@ BASELINES = {
     "clap": ("CLAP", "a linear probe kept close to the zero-shot weights"),
     "coop": ("CoOp", "learned prompt tokens around the class names"),
     "clip_adapter": ("CLIP-Adapter", "a small network after the image encoder"),
+    "lp_plus_plus": ("LP++", "a linear classifier whose weights include the class embeddings"),
     "taskres": ("TaskRes", "a learned offset to the class embeddings"),
     "gda": ("GDA", "Gaussian discriminant analysis"),
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BASELINES = {
     "zeroshot": "zeroshot:fit",
     "linear_probe": "linear_probe:fit",
+    "lp_plus_plus": "lp_plus_plus:fit",
     "clap": "clap:fit",
     "tip_adapter": "tip_adapter:fit",
     "tip_adapter_f": "tip_adapter:fit_keys",
