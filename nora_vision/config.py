@@ -79,7 +79,7 @@ class NoraConfig(PeftConfig):
         default="serial",
         metadata={
             "help": "Form of the trained M: 'serial' (B' A'), 'parallel', 'a_side', 'b_side', 'full' (r x r), 'block_diagonal', "
-            "'symmetric', 'antisymmetric' or 'sparse_low_rank'; `nora_vision.inner` has the equations."
+            "'diagonal', 'symmetric', 'antisymmetric' or 'sparse_low_rank'; `nora_vision.inner` has the equations."
         },
     )
     inner_blocks: int = field(default=1, metadata={"help": "Number of blocks of inner_form='block_diagonal'; it divides r."})

@@ -9,6 +9,7 @@ inner_r rows of A and columns of B.
     b_side             M = B' P                                  r inner_r
     full               M, as one block                           r^2
     block_diagonal     M = diag(M_1, ..., M_b)                   r^2 / b, b = inner_blocks
+    diagonal           M = diag(d_1, ..., d_r)                   r
     symmetric          M = B' A' + A'^T B'^T                     2 r inner_r
     antisymmetric      M = B' A' - A'^T B'^T                     2 r inner_r
     sparse_low_rank    M = B' A' + a sparse matrix               2 r inner_r + sparse_entries
@@ -34,8 +35,9 @@ import torch
 
 InnerInit = Literal["zero", "gaussian", "uniform", "orthogonal", "singular_values"]
 InnerFormName = Literal[
-    "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "symmetric", "antisymmetric", "sparse_low_rank"
-]
+    "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "diagonal", "symmetric", "antisymmetric",
+    "sparse_low_rank",
+]  # fmt: skip
 # The attributes of a layer with the trained tensors of its adapters, and those with the frozen start of some of them.
 INNER_A, INNER_B, INNER_M, SPARSE, GATE = "nora_inner_A", "nora_inner_B", "nora_inner_M", "nora_inner_sparse", "nora_gate"
 TRAINED = (INNER_A, INNER_B, INNER_M, SPARSE, GATE)
@@ -275,6 +277,20 @@ class BlockDiagonal(LinearForm):
         return {INNER_M: coefficients.unflatten(0, (self.inner_blocks, -1)).diag_embed()}
 
 
+class Diagonal(BlockDiagonal):
+    """M = diag(d_1, ..., d_r), as r blocks of one entry."""
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {INNER_M: (self.r, 1, 1)}
+
+    def _linear_factors(self, tensors: Tensors) -> Pair:
+        entries = tensors[INNER_M].flatten()
+        return entries.diag(), torch.eye(self.r, device=entries.device, dtype=entries.dtype)
+
+    def _diagonal(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {INNER_M: coefficients[:, None, None]}
+
+
 FORMS: dict[str, type[InnerForm]] = {
     "serial": Serial,
     "parallel": Parallel,
@@ -282,6 +298,7 @@ FORMS: dict[str, type[InnerForm]] = {
     "b_side": BSide,
     "full": BlockDiagonal,
     "block_diagonal": BlockDiagonal,
+    "diagonal": Diagonal,
     "symmetric": Symmetric,
     "antisymmetric": Antisymmetric,
     "sparse_low_rank": SparseLowRank,

@@ -9,6 +9,13 @@ from typing import Any
 from pipelines.errors import InputError
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
+# As in `nora_vision`, which is not imported here.
+INNER_FORMS = (
+    "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "diagonal", "symmetric", "antisymmetric",
+    "sparse_low_rank",
+)  # fmt: skip
+# Those whose size does not depend on the inner rank.
+WITHOUT_INNER_RANK = ("full", "block_diagonal", "diagonal")
 DIVIDED, SPARSE = "block_diagonal", "sparse_low_rank"
 
 

@@ -20,7 +20,7 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.errors import InputError
-from pipelines.inner_forms import check_inner_form, check_scaling, check_slice
+from pipelines.inner_forms import INNER_FORMS, WITHOUT_INNER_RANK, check_inner_form, check_scaling, check_slice
 from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least, below_one, check_choices, one_of, within
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 # As in `nora_vision`, which is not imported here.
 INNER_INITS = ("zero", "gaussian", "uniform", "orthogonal", "singular_values")
-INNER_FORMS = (
-    "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "symmetric", "antisymmetric", "sparse_low_rank",
-)  # fmt: skip
 OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
 CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
 WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
@@ -77,7 +74,7 @@ class NoraOptions:
     inner_form: str = option(
         "serial",
         "form of the trained r x r matrix M between the outer factors: serial (B' A'), parallel (B' P + P^T A'), a_side, b_side, "
-        "full, block_diagonal, symmetric, antisymmetric or sparse_low_rank; see docs/nora-forms.md for equations and parameters",
+        "full, block_diagonal, diagonal, symmetric, antisymmetric or sparse_low_rank; see docs/nora-forms.md for the equations",
         "NoRA inner_form (form of the trained matrix)",
         choices=INNER_FORMS,
     )
@@ -260,8 +257,8 @@ class Nora(AdapterMethod):
         has_budget, basis = self.options.parameter_budget is not None, self.options.basis
         unused = {
             "rank": has_budget,
-            "inner_r": self.options.inner_form in ("full", "block_diagonal") and self.options.alpha is None,
-            "lora_plus_ratio": self.options.inner_form in ("full", "block_diagonal", "a_side"),
+            "inner_r": self.options.inner_form in WITHOUT_INNER_RANK and self.options.alpha is None,
+            "lora_plus_ratio": self.options.inner_form in (*WITHOUT_INNER_RANK, "a_side"),
             "gradient_batches": basis == "weight" and not has_budget,
             "gradient_share": basis != "mixed",
             "gradient_scale": basis == "weight",

@@ -18,6 +18,7 @@ FORMS = {
     "b_side": {},
     "full": {},
     "block_diagonal": {"inner_blocks": 3},
+    "diagonal": {},
     "symmetric": {},
     "antisymmetric": {},
     "sparse_low_rank": {"sparse_entries": 5, "sparse_seed": 9},
@@ -52,7 +53,7 @@ def sparse_matrix(file, layer, r):
 def core(file, layer, suffix=""):
     """M, or with the suffix 0 that of the frozen start."""
     form, r, inner_r = (file.config[name] for name in ("inner_form", "r", "inner_r"))
-    if form in ("full", "block_diagonal"):
+    if form in ("full", "block_diagonal", "diagonal"):
         blocks = file.tensor(layer, f"nora_inner_M{suffix}")
         M, size = np.zeros((r, r)), r // len(blocks)
         for index, block in enumerate(blocks):

@@ -21,6 +21,7 @@ FORMS = {
     "b_side": {},
     "full": {},
     "block_diagonal": {"inner_blocks": 4},
+    "diagonal": {},
     "symmetric": {},
     "antisymmetric": {},
     "sparse_low_rank": {"sparse_entries": ENTRIES, "sparse_seed": 3},
@@ -32,6 +33,7 @@ COUNTS = {
     "b_side": R * INNER_R,
     "full": R * R,
     "block_diagonal": R * R // 4,
+    "diagonal": R,
     "symmetric": 2 * R * INNER_R,
     "antisymmetric": 2 * R * INNER_R,
     "sparse_low_rank": 2 * R * INNER_R + ENTRIES,
@@ -64,6 +66,7 @@ def core(form, A, B, M, sparse):
         "b_side": lambda: B @ P,
         "full": lambda: M[0],
         "block_diagonal": lambda: torch.block_diag(*M),
+        "diagonal": lambda: torch.diag(M.flatten()),
         "symmetric": lambda: B @ A + (B @ A).T,
         "antisymmetric": lambda: B @ A - (B @ A).T,
     }[form]()
@@ -195,7 +198,7 @@ def test_the_start_from_singular_values_is_the_best_approximation_in_the_weighte
     )  # fmt: skip
     initialize_nora_weights(model, calibrate(model, lambda: model(x * torch.arange(1, 21))))
     S = model[0].nora_activation_scale["default"]
-    rank = R if form in ("full", "block_diagonal") else INNER_R
+    rank = R if form in ("full", "block_diagonal", "diagonal") else INNER_R
     expected = 3.0 / INNER_R * best_approximation((base.weight * S).detach(), rank)
     torch.testing.assert_close(model[0].get_delta_weight("default") * S, expected, rtol=1e-3, atol=1e-4)
 

@@ -54,7 +54,8 @@ def losses_of(model, count):
 def started(name, folder, model=None, **options):
     model = model or small_model()
     kind = method_named(name)
-    method = kind(kind.Options(**{"rank": RANK, "alpha": ALPHA, **options}))
+    shared = {name: value for name, value in {"rank": RANK, "alpha": ALPHA}.items() if name in kind.Options.__dataclass_fields__}
+    method = kind(kind.Options(**{**shared, **options}))
     method.add(model, ["first", "second"], torch.Generator().manual_seed(0))
     probe = Probe(
         lambda: output(model), partial(losses_of, model), torch.Generator().manual_seed(0), folder / "small.safetensors"
@@ -461,6 +462,24 @@ def test_lora_xs_trains_one_square_matrix_between_the_singular_vectors(tmp_path)
         signs = torch.sign(Vh[:RANK].gather(1, Vh[:RANK].abs().argmax(dim=1, keepdim=True)))
         B, A = U[:, :RANK] * S[:RANK] * signs.T, signs * Vh[:RANK]
         torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), SCALE * B @ R.detach().reshape(RANK, RANK) @ A)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_clip_svd_changes_the_singular_values_of_the_weight_and_nothing_else(number, tmp_path):
+    model = started("clip_svd", tmp_path, num_singular_values=number)
+    assert torch.equal(output(model), output(small_model()))
+    disturb(model)
+    ranks = []
+    for layer in tuner_layers(model).values():
+        (d,) = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        weight = weight_of(layer)
+        U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+        ranks.append(min(number or OUT, *weight.shape))
+        assert d.numel() == ranks[-1]
+        # A pair of singular vectors may have the other sign, which does not change the product.
+        expected = U[:, : d.numel()] * d.detach().flatten() @ Vh[: d.numel()]
+        torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), expected)
+    assert ranks == ([IN, OUT] if number == 0 else [number] * 2)
 
 
 def test_copies_of_a_started_layer_share_nothing(tmp_path):

@@ -23,6 +23,7 @@ FEWSHOT = "--shots 1 --seeds 0 --min_train_steps 2 --iterations_per_shot 1 --tra
 # Tuners of PEFT have one test, which looks for the equation by the method's name.
 EQUATIONS = {
     "adalora": "pipelines/test_adalora.py::test_a_layer_adds_s_B_e_A_x_and_scales_it_as_diffusers_does",
+    "clip_svd": "pipelines/test_lora_starts.py::test_clip_svd_changes_the_singular_values_of_the_weight_and_nothing_else",
     "corda": "pipelines/test_lora_starts.py::test_corda_decomposes_the_weight_times_the_covariance_of_its_inputs",
     "dora": "pipelines/test_dora.py::test_the_output_is_that_of_the_equation",
     "dylora": "pipelines/test_dylora.py::"
