@@ -25,14 +25,13 @@ from sklearn.preprocessing import StandardScaler
 from transformers import CLIPTokenizer, HfArgumentParser
 
 from pipelines.built_in import BUILT_IN_CLIP
-from pipelines.corpus import corpus_scenes, part, photo_corpus, rendered_corpus, split_held_out, to_pixels
+from pipelines.corpus import HELD_OUT_SHARE, corpus_scenes, part, photo_corpus, rendered_corpus, split_held_out, to_pixels
 from pipelines.errors import InputError
 from pipelines.images import read_image
 from pipelines.mini_clip import CLIP, class_tokens, image_features, load_model
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
 from pipelines.mini_sdxl import RESOLUTION
 
-HELD_OUT_SHARE = 0.1
 PENALTIES = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
 
 

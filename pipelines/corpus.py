@@ -6,8 +6,9 @@ import io
 import json
 import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from pipelines.wording import with_article
 
 CHUNK = 256
 ONE_WAY = ("letter", "crescent")
+# Share of each class's photographs that the built-in CLIP was not trained on.
+HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,27 @@ def rendered_corpus(count: int, size: int, seed: int, workers: int = 1) -> Corpu
         return join(*tqdm(chunks, total=len(counts), desc="rendering scenes", unit=f"x{CHUNK}"))
 
 
-def _zipped_photos(path: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if name.endswith("/"):
-                continue
-            image = read_image(io.BytesIO(archive.read(name)), f"{name!r} in {str(path)!r}")
-            yield name.split("/")[0], np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+@dataclass(frozen=True)
+class ZippedPhoto:
+    """A photograph in a zip.
+
+    Args:
+        archive: the zip.
+        name: of the file in it, `<class id>/<n>.webp`.
+        class_name: name of the class.
+    """
+
+    archive: Path
+    name: str
+    class_name: str
+
+    @property
+    def caption(self) -> str:
+        """The caption in the pretraining."""
+        return f"a photo of {with_article(self.class_name)}"
 
 
-def photo_corpus(folder: Path, size: int) -> Corpus:
+def zipped_photos(folder: Path) -> list[ZippedPhoto]:
     """The photographs in `folder`, in zips of `<class id>/<n>.webp`; classes.json holds the names of the classes.
 
     Raises: FileNotFoundError if `folder` holds no classes.json or no zip.
@@ -114,9 +128,34 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no .zip with photographs. Put zips of <class id>/<image> beside classes.json."
         )
-    pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
-    captions = [f"a photo of {with_article(names[key])}" for key, _ in pairs]
-    return Corpus(np.stack([image for _, image in pairs]), captions, np.ones(len(pairs), dtype=bool))
+    photos = []
+    for path in zips:
+        with zipfile.ZipFile(path) as archive:
+            members = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
+        photos += [ZippedPhoto(path, name, names[name.split("/")[0]]) for name in members]
+    return photos
+
+
+def read_photos(photos: Sequence[ZippedPhoto]) -> Iterator[Image.Image]:
+    """The images of `photos` in RGB, in this order.
+
+    Raises: InputError naming the photograph that cannot be read.
+    """
+    with ExitStack() as stack:
+        archives = {path: stack.enter_context(zipfile.ZipFile(path)) for path in {photo.archive for photo in photos}}
+        for photo in tqdm(photos, desc="reading photographs", leave=False, delay=5):
+            content = io.BytesIO(archives[photo.archive].read(photo.name))
+            yield read_image(content, f"{photo.name!r} in {str(photo.archive)!r}")
+
+
+def photo_corpus(folder: Path, size: int) -> Corpus:
+    """The photographs in `folder`, as `zipped_photos` lists them, resized to `size` x `size` pixels.
+
+    Raises: FileNotFoundError if `folder` holds no classes.json or no zip.
+    """
+    photos = zipped_photos(folder)
+    images = [np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)) for image in read_photos(photos)]
+    return Corpus(np.stack(images), [photo.caption for photo in photos], np.ones(len(photos), dtype=bool))
 
 
 def split_held_out(captions: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -103,6 +103,7 @@ SMALL_MODEL = f"--pretrained_model_name_or_path tiny {SMALL_RANKS}"
 HELD_OUT = "--heldout_image 2.png"
 # What a run to be resumed needs besides.
 RESUMABLE = "--max_train_steps 2 --checkpointing_steps 1"
+SHORT_MODULES = {"pipelines.fewshot.domain_shift": "--images_dir PRETRAINING --num_classes 2 --num_train_images 8"}
 SHORT_PRETRAINING = "--output_dir pretrained --scenes 8 --stages basis"
 SHORT_PROGRAMS = {
     "benchmarks/adapter_step.py": "--tokens 16 --steps 1",
@@ -110,6 +111,7 @@ SHORT_PROGRAMS = {
     "benchmarks/base_calibration.py": "--rank 4 --threads --dtypes",
     "benchmarks/bleed.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT}' --nora_flags '{SMALL_RANKS}'",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
+    "benchmarks/domain_shift.py": "--images_dir PRETRAINING --num_classes 2 --seeds 0",
     "benchmarks/fewshot_rates.py": f"--method lora --rates 0.05 --shots 2 --flags '{SHORT_FEWSHOT}'",
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
@@ -281,7 +283,7 @@ def compare_methods(workspace: Workspace, *words: str) -> None:
 
 def run_module(workspace: Workspace, module: str, *words: str) -> None:
     """`python -m`."""
-    workspace.patch.setattr(sys, "argv", [module, *words])
+    workspace.patch.setattr(sys, "argv", [module, *words, *SHORT_MODULES.get(module, "").split()])
     workspace.patch.delitem(sys.modules, module, raising=False)
     _ending_well(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
 

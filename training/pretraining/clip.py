@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from pipelines import mini_clip
-from pipelines.corpus import Corpus, corpus_scenes, join, part, rendered_corpus, split_held_out, to_pixels
+from pipelines.corpus import HELD_OUT_SHARE, Corpus, corpus_scenes, join, part, rendered_corpus, split_held_out, to_pixels
 from pipelines.mini_clip_data import altered, augment, mix_classes, sample_parts
 from pipelines.mini_clip_loss import ClassNameLoss
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
@@ -31,7 +31,6 @@ from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 from training.runs.run_files import CHECKPOINTS
 
-HELD_OUT_SHARE = 0.1
 UNSEEN_SCENES = 1000
 WRONG_CAPTIONS = 4
 A_PHOTO = "a photo of "
