@@ -56,7 +56,7 @@ def _is_a_bare_folder(path):
 
 def test_recipes_share_their_folder_with_packages_alone():
     modules = {path.name for path in (ROOT / "training").glob("*.py")}
-    assert modules == {"__init__.py", "dreambooth_nora.py", "fewshot_nora.py", "pretrain_mini.py"}
+    assert modules == {"__init__.py", "arena.py", "dreambooth_nora.py", "fewshot_nora.py", "pretrain_mini.py"}
 
 
 def test_the_comparison_sees_a_module_that_hides_a_library(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.images import labelled_grid
 from training.runs.arena_files import BLIND, KEY, RATINGS, Observation
+from training.runs.subject_files import EVALUATION
 
 # Images of each method on a sheet.
 COLUMNS = 8
@@ -25,13 +26,13 @@ def write_sheets(observations: Sequence[Observation], arena: Path, seed: int = 0
     The key of the letters is in a file apart, and an empty table of ratings beside the sheets.
 
     Args:
-        arena: the directory of the arena; the images are in `evaluation/` of its cells.
+        arena: the directory of the arena; the images are in `evaluation/subject/` of its cells.
         seed: of the orders.
     Returns: the sheets.
     """
     rows: dict[str, dict[str, list[Path]]] = defaultdict(dict)
     for one in observations:
-        images = sorted((arena / one.cell / "evaluation").glob("*.png")) if one.task == "subject" else []
+        images = sorted((arena / one.cell / EVALUATION / "subject").glob("*.png")) if one.task == "subject" else []
         if images:
             rows[f"{one.dataset}-seed-{one.seed}"][one.variant] = images[:COLUMNS]
     if not rows:
