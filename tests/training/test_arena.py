@@ -61,6 +61,13 @@ def test_the_verdict_names_the_best_the_smallest_that_is_not_worse_and_a_caveat(
     assert caveat == "It was below zero-shot on 0% of the splits."
 
 
+def test_the_verdict_says_when_no_difference_could_be_significant(observations):
+    few = [one for one in observations if one.dataset == "cats" and one.seed < 2]
+    assert verdict_of(report_of(few), "few-shot")[1] == (
+        "On 2 splits no difference between 3 pairs of methods can be significant: add seeds, or data."
+    )
+
+
 def test_a_difference_on_every_split_is_significant_and_one_that_changes_sign_is_not(observations):
     p_values = {frozenset((one.first, one.second)): one.adjusted_p for one in comparisons_of(observations)}
     assert p_values[frozenset(("large", "worse"))] < 0.001

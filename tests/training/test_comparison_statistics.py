@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest, rankdata, wilcoxon
 
 from training.comparison.rates import MAX_EXTENSIONS, choose_rate
-from training.comparison.statistics import bootstrap_interval, holm, signed_rank_p
+from training.comparison.statistics import bootstrap_interval, holm, signed_rank_p, smallest_p
 from training.runs.arena_results import pareto_front
 
 
@@ -51,6 +51,10 @@ def test_with_ties_it_is_the_share_of_all_signs_with_an_equal_or_more_extreme_su
     )
     observed = np.dot(np.sign(differences), ranks)
     assert signed_rank_p(differences) == pytest.approx(min(1.0, 2 * min((sums <= observed).mean(), (sums >= observed).mean())))
+
+
+def test_the_smallest_p_is_that_of_differences_of_one_sign():
+    assert [smallest_p(count) for count in (1, 2, 6)] == [signed_rank_p([1.0] * count) for count in (1, 2, 6)]
 
 
 def test_equal_results_have_a_p_of_one():

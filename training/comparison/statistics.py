@@ -50,6 +50,11 @@ def signed_rank_p(differences: Sequence[float]) -> float:
     return float(min(1.0, 2 * counts[: tail + 1].sum() / counts.sum()))
 
 
+def smallest_p(count: int) -> float:
+    """The smallest p-value that `signed_rank_p` can give for `count` differences: all of them have one sign."""
+    return min(1.0, 2.0 ** (1 - count))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, in the given order [Holm 1979].
 

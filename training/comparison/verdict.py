@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.run_options import Task
-from training.comparison.statistics import CONFIDENCE
+from training.comparison.statistics import CONFIDENCE, smallest_p
 from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
 from training.runs.arena_results import PRIMARY, TASK_NAMES, comparison_of, largest_shots, mean_of, measure_named, ranked
 from training.runs.naming import variant_title
@@ -26,7 +26,7 @@ def verdict_of(report: ArenaReport, task: Task) -> list[str]:
     equal = [one.variant for one in ranking[1:] if not _is_worse(report.comparisons, task, shots, one.variant, best)]
     return [
         _best(report, task, shots, ranking, equal),
-        _smallest(report, task, shots, best, equal),
+        _too_few_splits(report, task, shots) or _smallest(report, task, shots, best, equal),
         _caveat(report, task, shots, best),
     ]
 
@@ -49,6 +49,16 @@ def _best(report: ArenaReport, task: Task, shots: int | None, ranking: Sequence[
     else:
         rest = f"but the difference to {len(equal)} of the other {count} methods is not significant"
     return f"{winner} has the best {measure.title} on the {TASK_NAMES[task]}{at} ({bounds}), {rest}."
+
+
+def _too_few_splits(report: ArenaReport, task: Task, shots: int | None) -> str | None:
+    """A sentence if even a method that is worse on every split would not be significantly worse; None otherwise."""
+    compared = [c for c in report.comparisons if (c.task, c.shots, c.measure) == (task, shots, PRIMARY[task])]
+    splits = max(comparison.count for comparison in compared)
+    if smallest_p(splits) * len(compared) < SIGNIFICANT:
+        return None
+    pairs = f"{len(compared)} pairs of methods" if len(compared) > 1 else "two methods"
+    return f"On {splits} splits no difference between {pairs} can be significant: add seeds, or data."
 
 
 def _smallest(report: ArenaReport, task: Task, shots: int | None, best: str, equal: Sequence[str]) -> str:
