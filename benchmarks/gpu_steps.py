@@ -22,7 +22,7 @@ from typing import Any
 import clip_step
 import torch
 import trainer_speed
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from adapter_step import medians_in_turns, timed
 from diffusers import StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
@@ -325,6 +325,8 @@ STEPS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
 
 
 if __name__ == "__main__":
+    # Loggers of accelerate need it.
+    PartialState()
     given_options = parsed()
     for given_step in given_options.steps:
         for line in STEPS[given_step](given_options):
