@@ -57,19 +57,42 @@ class Result:
     seconds: float
 
 
+def subject_folders(options: BenchmarkOptions) -> list[Path]:
+    """The folders of the subjects. Raises: InputError if there is none."""
+    folder = Path(options.subjects_dir)
+    subjects = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not subjects:
+        raise InputError(f"subjects_dir must contain a folder of images for each subject, got {options.subjects_dir!r}.")
+    return subjects
+
+
+def run_path(folder: Path, method: str, options: BenchmarkOptions) -> Path:
+    """The run directory of a subject and a method."""
+    return Path(options.output_dir) / f"{folder.name}-{method}"
+
+
+def flags_of(folder: Path, method: str, options: BenchmarkOptions) -> list[str]:
+    """The recipe's flags for training on all images of `folder` but the last, without the output directory."""
+    return [
+        *("--method", method, "--instance_data_dir", str(folder)),
+        *("--instance_prompt", f"a photo of sks {CLASS_WORDS.get(folder.name, folder.name)}"),
+        *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path),
+        *("--heldout_image", scan_folder(folder).subjects[0].images[-1].name),
+        *shlex.split(options.flags),
+        *shlex.split(getattr(options, f"{method}_flags")),
+    ]
+
+
 def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
     """Train on all images of `folder` but the last, unless the run is finished already, and return the result."""
-    run = RunDirectory(Path(options.output_dir) / f"{folder.name}-{method}")
+    run = RunDirectory(run_path(folder, method, options))
     if run.status().state != "done":
-        flags = [
-            *("--method", method, "--instance_data_dir", str(folder), "--output_dir", str(run.path)),
-            *("--instance_prompt", f"a photo of sks {CLASS_WORDS.get(folder.name, folder.name)}"),
-            *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path),
-            *("--heldout_image", scan_folder(folder).subjects[0].images[-1].name),
-            *shlex.split(options.flags),
-            *shlex.split(getattr(options, f"{method}_flags")),
-        ]
-        train_subject(parse_options(flags))
+        train_subject(parse_options([*flags_of(folder, method, options), "--output_dir", str(run.path)]))
+    return result_of(run)
+
+
+def result_of(run: RunDirectory) -> Result:
+    """The result of a finished run."""
     losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     sizes = {name: sum(file.stat().st_size for file in (run.path / path).rglob("*.safetensors")) for name, path in FILES.items()}
     status = run.status()
@@ -100,11 +123,7 @@ def main(options: BenchmarkOptions) -> None:
 
     Raises: InputError if there is no subject.
     """
-    folder = Path(options.subjects_dir)
-    subjects = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not subjects:
-        raise InputError(f"subjects_dir must contain a folder of images for each subject, got {options.subjects_dir!r}.")
-    results = {path.name: {method: run_subject(path, method, options) for method in METHODS} for path in subjects}
+    results = {path.name: {method: run_subject(path, method, options) for method in METHODS} for path in subject_folders(options)}
     sys.stdout.write(table(results) + "\n")
 
 

@@ -118,6 +118,7 @@ SHORT_PROGRAMS = {
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
     "benchmarks/outliers.py": "--sets 4",
     "benchmarks/output_errors.py": "--ranks 4",
+    "benchmarks/paper.py": "--dry_run",
     "benchmarks/small_adapter.py": "--layers 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
     "benchmarks/true_size.py": f"--tiny {SMALL_RANKS}",

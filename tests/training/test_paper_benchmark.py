@@ -1,0 +1,124 @@
+"""The benchmark that repeats the paper's experiments: its commands, its tables, and what it does not repeat."""
+
+import json
+
+import heldout_loss
+import paper
+import pytest
+
+from pipelines.errors import InputError
+from training.options import parse_options
+from training.options.fewshot import parse_fewshot_options
+from training.runs.run import RunDirectory
+
+PARSERS = {"few-shot": parse_fewshot_options, "subject": parse_options}
+
+
+@pytest.fixture
+def subjects(tmp_path, images_dir):
+    folder = tmp_path / "subjects"
+    folder.mkdir()
+    (folder / "candle").symlink_to(images_dir)
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path, subjects):
+    """All experiments, with their runs in a new folder."""
+    return paper.BenchmarkOptions("DATA", str(subjects), output_dir=str(tmp_path / "runs"))
+
+
+def all_runs(options):
+    return [*paper.fewshot_runs(options).values(), *paper.subject_runs(options).values()]
+
+
+def test_every_command_is_one_of_the_recipe_without_unused_flags(options):
+    runs = all_runs(options)
+    assert len(runs) == len({run.path for run in runs}) == 3 * len(paper.SETTINGS) + 2
+    for run in runs:
+        parsed = PARSERS[run.task](run.command[3:])
+        assert parsed.output.output_dir == str(run.path)
+        unused = parsed.method.unused() if run.task == "few-shot" else parsed.unused()
+        assert unused == []
+        if run.task == "few-shot":
+            assert {parsed.adapter(name).create().name for name in parsed.method.adapters()} <= {"lora", "nora"}
+
+
+def test_the_scaling_of_both_adapters_is_that_of_the_authors_codes(options):
+    """Both divide alpha = 1 by their rank, which for NoRA is the outer one: here alpha is divided by the inner rank."""
+    runs = paper.fewshot_runs(options)
+    lora, nora = (parse_fewshot_options(runs["dtd", name].command[3:]).adapter(name) for name in ("lora", "nora"))
+    assert lora.alpha / lora.rank == 1 / 2
+    assert nora.alpha / nora.inner_r == pytest.approx(1 / nora.rank, rel=1e-3)
+
+
+def test_a_dry_run_prints_the_commands_and_starts_none(options, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "run_cell", lambda *_: pytest.fail("a run was started"))
+    options.dry_run = True
+    paper.main(options)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in printed] == [run.command[:3] for run in all_runs(options)]
+
+
+def finish(run, accuracies):
+    """Write the files of a finished run: of few-shot ones with these mean accuracies by method and shots."""
+    directory = RunDirectory.create(run.path, {})
+    if run.task == "few-shot":
+        interval = {"low": 0.0, "high": 0.0}
+        rest = dict.fromkeys(("calibration_error", "calibrated_calibration_error", "num_trainable_parameters"), 0.0)
+        rest |= dict.fromkeys(("stored_bytes", "seconds", "peak_memory"), 0.0)
+        summary = [
+            {"shots": shots, "method": method, "num_seeds": 3, "top1": interval | {"value": value, "low": value - 0.01,
+             "high": value + 0.01}, **rest}
+            for (method, shots), value in accuracies.items()
+        ]  # fmt: skip
+        dataset = {"name": "d", "classes": [], "new_classes": [], "images": 0, "duplicates": []}
+        content = {"version": 2, "dataset": dataset, "model": "m", "pretrained": None, "templates": [], "shots": [], "seeds": []}
+        content |= {"methods": [], "trials": [], "summary": summary, "classifier": ""}
+        (run.path / "report.json").write_text(json.dumps(content))
+    else:
+        directory.log(0, heldout_loss=0.5)
+        directory.log(500, heldout_loss=0.25)
+    directory.update_status(state="done", num_trainable_parameters=7, seconds=3.0)
+
+
+def test_finished_runs_are_not_repeated_and_stand_beside_the_published_figures(options, monkeypatch, capsys, tmp_path):
+    started = []
+
+    def run_cell(folder, record, *_):
+        if not paper.is_finished(folder):
+            started.append((record.dataset, record.variant))
+            return type(record)(**{**vars(record), "state": "failed", "reason": "no such GPU"})
+        return record
+
+    monkeypatch.setattr(paper, "run_cell", run_cell)
+    finish(paper.fewshot_runs(options)["dtd", "lora"], {("lora", 4): 0.625, ("lora", 16): 0.7})
+    finish(paper.subject_runs(options)["candle", "lora"], {})
+    finish(paper.subject_runs(options)["candle", "nora"], {})
+    figures = tmp_path / "published.csv"
+    figures.write_text("method,dataset,shots,accuracy\nnora,dtd,16,70.5\n")
+    options.published = str(figures)
+    paper.main(options)
+    printed = capsys.readouterr().out
+    assert "| shots | method | Food101 | OxfordPets | DTD |" in printed
+    assert "| 4 | LoRA | - (82.7) | - (91.0) | 62.5 ± 1.0 (63.8) |" in printed
+    assert "| 16 | LoRA | - (-) | - (-) | 70.0 ± 1.0 (-) |" in printed
+    assert "| 16 | NoRA | - (-) | - (-) | - (70.5) |" in printed
+    assert "| candle | 0.5000 | 0.2500 | 0.2500 | 3 | 3 |" in printed
+    assert len(started) == 8
+    assert ("dtd", "lora") not in started
+    assert printed.count("failed: no such GPU") == 8
+
+
+def test_options_that_cannot_be_used_are_refused(options, tmp_path):
+    with pytest.raises(InputError, match=r"'fewshot' needs --dataset_root. Give it, or leave the table out of --tables"):
+        paper.BenchmarkOptions(tables=["fewshot"])
+    with pytest.raises(InputError, match=r"tables must be any of fewshot, subjects, got 'language'"):
+        paper.BenchmarkOptions(tables=["language"])
+    figures = tmp_path / "published.csv"
+    figures.write_text("method,dataset,accuracy\nnora,dtd,70.5\n")
+    options.published = str(figures)
+    with pytest.raises(InputError, match=r"must have the columns method, dataset, shots, accuracy, but a line has no shots"):
+        paper.published_figures(options)
+    with pytest.raises(InputError, match="subjects_dir must contain a folder of images for each subject"):
+        heldout_loss.subject_folders(heldout_loss.BenchmarkOptions(str(tmp_path / "nothing")))
