@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from image_sets import class_files, write_files
 
-from pipelines.clip import load_clip
+from pipelines.clip import Clip, load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
 from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
@@ -236,6 +236,16 @@ def test_trials_of_earlier_versions_count_none_below_zero_shot(finished):
     worse = replace(result, zero_shot_top1=result.test.top1.value + 0.01)
     assert below_zero_shot([worse, replace(result, zero_shot_top1=result.test.top1.value)]) == 1
     assert below_zero_shot([worse, replace(result, zero_shot_top1=None)]) is None
+
+
+def test_runs_with_one_cache_compute_the_features_of_the_model_once(class_folders, random_clip, tmp_path, monkeypatch):
+    flags = ("--shots", "2", "--seeds", "0", "--method", "linear_probe", "--cache_dir", tmp_path / "shared")
+    main(options_for(random_clip, class_folders, tmp_path / "first", *flags))
+    monkeypatch.setattr(Clip, "encode_images", None)
+    main(options_for(random_clip, class_folders, tmp_path / "second", *flags))
+    assert not (tmp_path / "first" / "cache").exists()
+    first, second = (trial(tmp_path / name, "linear_probe") for name in ("first", "second"))
+    assert first["test"] == second["test"]
 
 
 def test_a_run_resumes_where_it_stopped(finished, class_folders, random_clip, tmp_path):

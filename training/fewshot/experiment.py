@@ -123,7 +123,7 @@ class Experiment:
     @property
     def cache(self) -> TensorCache:
         """The cache of the base model's features."""
-        return TensorCache(self.folder / "cache")
+        return TensorCache(Path(self.options.cache_dir or self.folder / "cache"))
 
     @cached_property
     def base_sha256(self) -> str:

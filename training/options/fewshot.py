@@ -124,6 +124,13 @@ class LabelledDataOptions:
         metadata={"help": "Flip training images horizontally at random. Not for asymmetric objects or objects with text."},
     )
     views: int = field(default=4, metadata={"help": "Augmented views of each training image for methods on frozen features."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the features of the model without adapters, which several runs may share. Default: in the run "
+            "directory."
+        },
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images; 0 uses the main process."})
 
     _argument_group_name = "data"
