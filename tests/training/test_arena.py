@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sets import class_files, write_files
 from PIL import Image
 
 from pipelines.fewshot.metric_values import Interval
+from training.arena import main
 from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
 from training.comparison.blind import write_sheets
 from training.comparison.figures import write_figures
 from training.comparison.report import markdown, write_document, write_report
 from training.comparison.verdict import verdict_of
+from training.options.arena import parse_arena_options
 from training.runs.arena_files import BLIND, KEY, RATINGS, ArenaReport, Observation
-from training.runs.arena_results import front_of, ranked
+from training.runs.arena_results import MEASURES, front_of, ranked
 
 
 def observation(variant, dataset, seed, quality, parameters=100, task="few-shot", **more):
@@ -171,3 +174,26 @@ def test_ratings_that_somebody_has_filled_in_are_not_replaced(tmp_path):
     (tmp_path / BLIND / RATINGS).write_text("filled in")
     write_sheets([one], tmp_path)
     assert (tmp_path / BLIND / RATINGS).read_text() == "filled in"
+
+
+@pytest.mark.slow(60)
+def test_an_arena_of_both_tasks_trains_reports_and_does_nothing_again(tiny_model, images_dir, tmp_path):
+    classes = write_files(tmp_path / "classes", class_files({"cats": 8, "dogs": 8}))
+    variant, refused = "lora:rank=2,learning_rate=0.01", "loftq"
+    flags = [
+        *("--subjects_dir", str(images_dir), "--datasets", str(classes), "--methods", variant, refused, "zeroshot"),
+        *("--pretrained_model_name_or_path", str(tiny_model), "--subject_flags", "--num_evaluation_images 1"),
+        *("--seeds", "0", "--shots", "1", "--max_train_steps", "2", "--no_base_to_new", "--num_workers", "2"),
+        *("--output_dir", str(tmp_path / "arena")),
+    ]
+    run = main(parse_arena_options(flags))
+    report = ArenaReport.read(run.path)
+    measured = {(one.task, one.variant): set(one.values) for one in report.observations}
+    assert measured.keys() == {("subject", variant), ("few-shot", variant), ("few-shot", "zeroshot")}
+    assert measured["subject", variant] == {one.name for one in MEASURES["subject"]}
+    assert measured["few-shot", variant] >= {"top1", "calibration_error", "below_zero_shot", "seconds_to_quality"}
+    assert report.failed.keys() == {"subject/loftq", "few-shot/loftq"}
+    assert run.status().state == "done"
+    written = {path: path.stat().st_mtime_ns for path in run.path.glob("cells/**/status.json")}
+    main(parse_arena_options(flags))
+    assert {path: path.stat().st_mtime_ns for path in run.path.glob("cells/**/status.json")} == written
