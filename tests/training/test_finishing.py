@@ -114,6 +114,20 @@ def test_the_images_of_the_recommended_step_are_generated_once(trainer, tmp_path
     assert len(drawn) == len(["before", "step 2", "step 4", "step 1"])
 
 
+def test_the_saved_images_of_the_last_step_are_those_of_the_trained_adapter(trainer, tmp_path, monkeypatch):
+    compared = []
+
+    def compare(run, trained, options):
+        saved, generated = finishing.samples_of(run, trained, 4), trained.sampler.generate()
+        compared.append([[image.tobytes() for image in images] for images in (saved, generated)])
+
+    monkeypatch.setattr(dreambooth_nora, "finish", compare)
+    # The files hold the moving average, rounded.
+    trainer.run(tmp_path / "run", *MEASURED, "--use_ema", "--ema_decay", "0.5", "--inner_dtype", "float16")
+    ((saved, generated),) = compared
+    assert saved == generated
+
+
 def test_without_validation_images_nothing_is_generated_and_the_loss_recommends_a_step(
     trainer, tmp_path, overfitting, monkeypatch
 ):

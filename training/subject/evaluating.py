@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +29,7 @@ from training.runs.subject_files import EVALUATION, SubjectEvaluation
 from training.subject.measured import measured_curve
 from training.subject.preparing import DatasetSplit
 from training.subject.samples import ValidationSampler
+from training.subject.validation import inference_batch
 
 # The noise of all evaluations is the same, whatever the seed of the training, and differs from that of validation images.
 FIRST_SEED = 1_000_000
@@ -97,7 +98,9 @@ def evaluate(
         base_model: its identity, for base images that runs with the same --cache_dir share.
     """
     run.begin(EVALUATING)
-    subject = EvaluatedSubject.of(split, options.data.instance_prompt, sampler.sampling.resolution)
+    resolution = sampler.sampling.resolution
+    sampler = replace(sampler, batch_size=inference_batch(resolution**2, sampler.batch_size))
+    subject = EvaluatedSubject.of(split, options.data.instance_prompt, resolution)
     count = options.validation.num_evaluation_images
     scenes = [f"{prompt} {scene}" for prompt in subject.prompts for scene in NEW_SCENES for _ in range(count)]
     unrelated = unrelated_prompts(subject.prompts)

@@ -44,8 +44,12 @@ def measurement_batch(images: CachedLatents, batch_size: int) -> int:
     """The batch size of a measurement: that of the training, so that it needs less memory than a training step, or more for
     small images, up to `SMALL_PIXELS` in total.
     """
-    largest = max(height * width for height, width in images.sizes)
-    return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // largest))
+    return inference_batch(max(height * width for height, width in images.sizes), batch_size)
+
+
+def inference_batch(pixels: int, batch_size: int) -> int:
+    """The batch size for images of so many `pixels` without gradients; see `measurement_batch`."""
+    return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // pixels))
 
 
 def log_scores(run: RunDirectory, step: int, scorer: ImageScorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
