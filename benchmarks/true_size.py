@@ -83,13 +83,15 @@ AUTOENCODER = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
 TRUE_SIZE = Shapes(UNET, TEXT_ENCODERS, AUTOENCODER)
-# The same layout with fewer blocks, a hundredth as wide.
+# The same kinds of blocks with fewer levels and layers, a hundredth as wide.
 TINY_UNET = {
-    "block_out_channels": (8, 16, 16),
+    "block_out_channels": (8, 16),
     "layers_per_block": 1,
     "norm_num_groups": 4,
-    "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (1, 2, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
     "cross_attention_dim": 40,
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 24 + 6 * 8,
