@@ -304,7 +304,7 @@ class FewShotClassifier:
         if of_pixels:
             inputs = torch.stack([given[index][0] for index in range(len(given))])
         else:
-            inputs, _ = image_features(self.clip, given, batch_size)
+            inputs, _ = image_features(self.clip, given, batch_size, before_projection=self.predictor.reads == "embeddings")
         probabilities = (self.predictor.logits(inputs) / self.temperature).softmax(dim=1).cpu()
         return Predictions(probabilities, self.classes, given.names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from tqdm.auto import tqdm
 
 from pipelines.cache import TensorCache, digest_of, key_of
 from pipelines.clip import Clip, evaluating
+from pipelines.fewshot.projection import encode_embeddings
 from pipelines.fewshot.prompts import Prompts
 
-FEATURES, IMAGE_ENCODER = "features", "visual."
+FEATURES, EMBEDDINGS, IMAGE_ENCODER = "features", "embeddings", "visual."
 LIBRARIES = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "timm")}
 BATCH = 64
 
@@ -28,6 +30,7 @@ def image_features(
     batch_size: int = BATCH,
     workers: int = 0,
     cache: TensorCache | None = None,
+    before_projection: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of length 1 and labels of `images`, computed in evaluation mode and single precision, on the CPU.
 
@@ -37,14 +40,16 @@ def image_features(
     Args:
         images: pixels (3, h, w), as the encoder takes them, and the label of each image.
         workers: number of processes that read and preprocess images.
+        before_projection: return the encoder's embeddings (n, p) before its projection instead, of any length.
     Returns: features (n, d) float32, labels (n,) int64.
     """
-    feature_cache = _FeatureCache(cache, clip.model, images=True)
+    feature_cache = _FeatureCache(cache, clip.model, images=True, output=EMBEDDINGS if before_projection else FEATURES)
+    encode = partial(encode_embeddings, clip) if before_projection else clip.encode_images
     features, labels = [], []
     batches = DataLoader(images, batch_size=batch_size, num_workers=workers)
     with evaluating(clip.model):
         for pixels, batch_labels in tqdm(batches, desc="encoding images", leave=False, delay=5):
-            features.append(feature_cache.encoded(pixels, clip.encode_images))
+            features.append(feature_cache.encoded(pixels, encode))
             labels.append(batch_labels)
     return torch.cat(features), torch.cat(labels)
 
@@ -70,7 +75,7 @@ def raw_pixels(image: Image.Image, side: int = 32) -> torch.Tensor:
 class _FeatureCache:
     """Cached features of single images or prompts; disabled for an encoder with an adapter."""
 
-    def __init__(self, cache: TensorCache | None, model: nn.Module, images: bool) -> None:
+    def __init__(self, cache: TensorCache | None, model: nn.Module, images: bool, output: str = FEATURES) -> None:
         def belongs(name: str) -> bool:
             """Whether the module or parameter `name` is part of the encoder."""
             return name.startswith(IMAGE_ENCODER) == images
@@ -81,12 +86,14 @@ class _FeatureCache:
             digest_of({name: value for name, value in model.state_dict().items() if belongs(name)}) if self.cache else ""
         )
         self.device = next(model.parameters()).device
+        # Features have no further part, as in earlier versions.
+        self.parts = {} if output == FEATURES else {"output": output}
 
     def encoded(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features (n, d) float32 of `rows` (n, ...); only rows that are not in the cache are encoded."""
         if self.cache is None:
             return self._encode(rows, encode)
-        keys = [key_of(libraries=LIBRARIES, tower=self.encoder, row=digest_of({"row": row})) for row in rows]
+        keys = [key_of(libraries=LIBRARIES, tower=self.encoder, row=digest_of({"row": row}), **self.parts) for row in rows]
         entries = [self.cache.read(key) for key in keys]
         missing = [index for index, entry in enumerate(entries) if entry is None]
         if missing:

@@ -15,7 +15,7 @@ from toy_task import CLASSES, WIDTH, directions, held_out, toy_clip, toy_task
 from nora_vision.files import AdapterFileError, write_tensors
 from pipelines.errors import InputError
 from pipelines.fewshot import baselines
-from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, lp_plus_plus, taskres, tip_adapter
+from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, lp_plus_plus, prolip, taskres, tip_adapter
 from pipelines.fewshot.baselines.choosing import choose, inputs_of
 from pipelines.fewshot.baselines.predictors import KeyValueCache, LinearHead, Predictor, adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
@@ -37,6 +37,7 @@ TRAINED = {
     "coop": 8 * 16,
     "clip_adapter": 2 * WIDTH * WIDTH // 4,
     "taskres": len(CLASSES) * WIDTH,
+    "prolip": WIDTH * WIDTH,
     "gda": 0,
     "pixels": len(CLASSES) * (2 * WIDTH + 1),
 }
@@ -45,7 +46,7 @@ TRAINED = {
 def fit_briefly(name, task, seed):
     """Fit with at most a twentieth of the epochs."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (clap, clip_adapter):
+        for module in (clap, clip_adapter, prolip):
             patch.setattr(module, "EPOCHS", 10)
         patch.setattr(taskres, "MANY_EPOCHS", 10)
         patch.setattr(coop, "epochs_for", lambda shots: 5)
@@ -311,6 +312,26 @@ def test_no_step_of_alpha_in_lp_plus_plus_raises_the_loss_and_its_minimum_is_the
     direct.fit(views.flatten(0, 1).double().numpy(), task.train.labels.repeat(len(views)).numpy())
     best = lp_plus_plus_loss(task, torch.from_numpy(direct.coef_).float(), torch.zeros(len(CLASSES)))
     assert lp_plus_plus_loss(task, *iterates[-1]) == pytest.approx(float(best), rel=0.02)
+
+
+def test_prolip_with_a_large_penalty_is_zero_shot_and_without_one_moves_away():
+    task = toy_task(noise=2.0)
+    fits = [prolip.projected(task, 0, 1e-3, penalty) for penalty in (0.0, 1.0, 1e6)]
+    distances = [float((one.head.projection - torch.eye(WIDTH)).norm()) for one in fits]
+    assert distances[0] > distances[1] > distances[2]
+    features = task.validation.features
+    torch.testing.assert_close(fits[2].head(5 * features), baselines.fit("zeroshot", task, 0).logits(features), atol=0.1, rtol=0)
+
+
+def test_prolips_first_step_has_the_gradient_of_the_equation(monkeypatch):
+    monkeypatch.setattr(prolip, "EPOCHS", 1)
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, eps: torch.optim.SGD(parameters, lr=lr))
+    task = toy_task(views=0)
+    weight = torch.eye(WIDTH, requires_grad=True)
+    logits = task.logit_scale * F.normalize(task.train.embeddings[0] @ weight.T, dim=-1) @ task.class_features.T
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, task.train.labels), weight)
+    found = prolip.projected(task, 0, 0.5, penalty=3.0).head.projection
+    torch.testing.assert_close(found, (weight - 0.5 * gradient).detach())
 
 
 @pytest.mark.parametrize("shots", [2, 9])

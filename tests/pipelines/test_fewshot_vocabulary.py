@@ -7,20 +7,20 @@ from toy_task import CLASSES, directions, toy_clip, toy_task
 
 from pipelines.errors import InputError
 from pipelines.fewshot import baselines
-from pipelines.fewshot.baselines import clap, clip_adapter, coop, taskres
+from pipelines.fewshot.baselines import clap, clip_adapter, coop, prolip, taskres
 from pipelines.fewshot.baselines.predictors import adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
 from pipelines.fewshot.features import prompt_features
 from pipelines.fewshot.prompts import Prompts
 
 MORE = Prompts(("grey cat", "grey teapot"), ("a {}.", "{}."))
-CLOSED = ("linear_probe", "gda", "pixels")
+CLOSED = ("linear_probe", "lp_plus_plus", "gda", "pixels")
 
 
 @pytest.fixture
 def briefly(monkeypatch):
     """Train for a few epochs only."""
-    for module, name in ((clap, "EPOCHS"), (clip_adapter, "EPOCHS"), (taskres, "MANY_EPOCHS")):
+    for module, name in ((clap, "EPOCHS"), (clip_adapter, "EPOCHS"), (prolip, "EPOCHS"), (taskres, "MANY_EPOCHS")):
         monkeypatch.setattr(module, name, 5)
     monkeypatch.setattr(coop, "epochs_for", lambda shots: 5)
 
@@ -46,6 +46,8 @@ def test_existing_classes_keep_their_logits_and_new_ones_get_those_of_their_prom
     found = with_classes(load_predictor(tmp_path / "fitted.safetensors"), clip, MORE).logits(queries)
     torch.testing.assert_close(found[:, : len(CLASSES)], fitted.logits(queries))
     seen = adapted(queries, fitted.head.down, fitted.head.up, fitted.head.ratio) if name == "clip_adapter" else queries
+    if name == "prolip":
+        seen = F.normalize(queries @ fitted.head.projection.T, dim=-1)
     texts = prompt_features(clip, MORE)
     if name == "coop":
         prompts = coop.prompts_with_context(clip, MORE.classes, lengths=(8,))

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pipelines.clip import Clip
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
+from pipelines.fewshot.projection import ImageProjection
 
 CLASSES, WIDTH, START = ("cat", "grey_dog", "teapot"), 24, 48
 
@@ -32,7 +33,9 @@ def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_featu
         pixels[validation:] = torch.nan
 
     def part(start, stop, views=None):
-        return Examples(features[0, start:stop], labels[start:stop], pixels[start:stop], views)
+        # As if the projection were the identity.
+        embeddings = 5 * (features if views is not None else features[:1])[:, start:stop]
+        return Examples(features[0, start:stop], labels[start:stop], pixels[start:stop], views, embeddings)
 
     prompts = F.normalize(centres + 0.5 * directions(len(CLASSES), WIDTH, seed=3), dim=-1)
     return FewShotTask(
@@ -42,6 +45,7 @@ def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_featu
         part(0, train, features[1:, :train] if views else None),
         part(train, validation),
         clip,
+        ImageProjection(torch.eye(WIDTH), torch.zeros(WIDTH)),
     )
 
 

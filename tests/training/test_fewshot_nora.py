@@ -238,6 +238,17 @@ def test_trials_of_earlier_versions_count_none_below_zero_shot(finished):
     assert below_zero_shot([worse, replace(result, zero_shot_top1=None)]) is None
 
 
+def test_a_trained_projection_classifies_as_its_run_reported(class_folders, random_clip, tmp_path):
+    flags = ("--shots", "2", "--seeds", "0", "--method", "lp_plus_plus", "prolip", "--base_to_new")
+    main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
+    result = trial(tmp_path / "run", "prolip")
+    tested = json.loads((tmp_path / "run" / result["folder"] / "test.json").read_text())["images"]
+    predictions = FewShotClassifier.from_run(tmp_path / "run").predict([class_folders / image["name"] for image in tested])
+    assert predictions.probabilities.argmax(dim=1).tolist() == [image["predicted"] for image in tested]
+    assert result["new_classes"]["count"] == 8
+    assert trial(tmp_path / "run", "lp_plus_plus")["new_classes"] is None
+
+
 def test_runs_with_one_cache_compute_the_features_of_the_model_once(class_folders, random_clip, tmp_path, monkeypatch):
     flags = ("--shots", "2", "--seeds", "0", "--method", "linear_probe", "--cache_dir", tmp_path / "shared")
     main(options_for(random_clip, class_folders, tmp_path / "first", *flags))

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from pipelines.cache import TensorCache, module_digest
 from pipelines.clip import Clip
 from pipelines.errors import InputError
+from pipelines.fewshot.baselines import READ_EMBEDDINGS
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
 from pipelines.fewshot.batches import Augmentation, AugmentedImages, AugmentedView
 from pipelines.fewshot.data import (
@@ -31,6 +32,7 @@ from pipelines.fewshot.data import (
 )
 from pipelines.fewshot.features import image_features, prompt_features, raw_pixels
 from pipelines.fewshot.loading import load_images
+from pipelines.fewshot.projection import image_projection
 from pipelines.fewshot.prompts import Prompts, make_prompts
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
@@ -164,7 +166,7 @@ class Experiment:
         names = tuple(image.name for image in images)
         if clip is None and names in self._features:
             return self._features[names]
-        encoded = self.encode(LabelledImageDataset(images, self.clip.preprocess), clip)
+        encoded = self.encode(self.plain(images), clip)
         if clip is None:
             self._features[names] = encoded
         return encoded
@@ -172,6 +174,15 @@ class Experiment:
     def encode(self, images: ImageSet, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (n, d) of length 1 and labels (n,) of a dataset of pixels and labels."""
         return image_features(clip or self.clip, images, workers=self.options.dataloader_num_workers, cache=self.cache)
+
+    def embeddings(self, images: ImageSet) -> torch.Tensor:
+        """Embeddings (n, p) of a dataset of pixels and labels, by the base model before the projection of its image encoder."""
+        workers = self.options.dataloader_num_workers
+        return image_features(self.clip, images, workers=workers, cache=self.cache, before_projection=True)[0]
+
+    def plain(self, images: Sequence[LabelledImage]) -> ImageSet:
+        """`images` as a dataset of pixels, without augmentation, and labels."""
+        return LabelledImageDataset(images, self.clip.preprocess)
 
 
 @dataclass(frozen=True)
@@ -226,11 +237,8 @@ class SplitImages:
     @cached_property
     def training_examples(self) -> Examples:
         """Features of the frozen encoders for the training images and for augmented views of them."""
-        experiment, augmented = self.experiment, self.augmented()
-        features, labels = experiment.features(self.train)
-        views = [
-            experiment.encode(AugmentedView(augmented, self.split.seed, view))[0] for view in range(experiment.options.views)
-        ]
+        features, labels = self.experiment.features(self.train)
+        views = [self.experiment.encode(view)[0] for view in self._views()]
         return Examples(features, labels, self._pixels(self.train), torch.stack(views) if views else None)
 
     @cached_property
@@ -244,9 +252,37 @@ class SplitImages:
             experiment.prompts.classes, experiment.class_features, scale, self.training_examples, validation, experiment.clip
         )
 
+    def task_for(self, baseline: str) -> FewShotTask:
+        """The task for `baseline`. Raises: InputError if the image encoder lacks what it needs."""
+        return self._task_with_embeddings if baseline in READ_EMBEDDINGS else self.task
+
+    @cached_property
+    def _task_with_embeddings(self) -> FewShotTask:
+        """The task for methods that also read the embeddings before the projection of the image encoder.
+
+        Raises: InputError if the image encoder does not end in a linear projection.
+        """
+        task, experiment = self.task, self.experiment
+        projection = image_projection(experiment.clip)
+        train = torch.stack([experiment.embeddings(view) for view in (experiment.plain(self.train), *self._views())])
+        validation = experiment.embeddings(experiment.plain(self.validation))[None]
+        return replace(
+            task,
+            train=replace(task.train, embeddings=train),
+            validation=replace(task.validation, embeddings=validation),
+            projection=projection,
+        )
+
+    def _views(self) -> list[AugmentedView]:
+        """Augmented views of the training images."""
+        augmented = self.augmented()
+        return [AugmentedView(augmented, self.split.seed, view) for view in range(self.experiment.options.views)]
+
     def _pixels(self, images: Sequence[LabelledImage]) -> torch.Tensor:
         return torch.stack([raw_pixels(read(image)) for image in images])
 
     def inputs(self, images: Sequence[LabelledImage], reads: str) -> torch.Tensor:
-        """The input (n, width) of a predictor that `reads` features or pixels."""
+        """The input (n, width) of a predictor that `reads` features, pixels or embeddings."""
+        if reads == "embeddings":
+            return self.experiment.embeddings(self.experiment.plain(images))
         return self._pixels(images) if reads == "pixels" else self.experiment.features(images)[0]

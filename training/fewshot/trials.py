@@ -316,7 +316,7 @@ def fit_trial(
     is_baseline = trial.method in baselines.BASELINES
     if is_baseline and not accelerator.is_main_process:
         return None
-    task = images.task if is_baseline else None
+    task = images.task_for(trial.method) if is_baseline else None
     clock, memory = FittingClock(), PeakMemory(accelerator.device)
     fitted: FittedMethod
     if task is not None:

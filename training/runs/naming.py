@@ -28,6 +28,7 @@ BASELINES = {
     "coop": ("CoOp", "learned prompt tokens around the class names"),
     "clip_adapter": ("CLIP-Adapter", "a small network after the image encoder"),
     "lp_plus_plus": ("LP++", "a linear classifier whose weights include the class embeddings"),
+    "prolip": ("ProLIP", "fine-tunes the last projection of the image encoder"),
     "taskres": ("TaskRes", "a learned offset to the class embeddings"),
     "gda": ("GDA", "Gaussian discriminant analysis"),
 }

@@ -26,9 +26,12 @@ BASELINES = {
     "coop": "coop:fit",
     "clip_adapter": "clip_adapter:fit",
     "taskres": "taskres:fit",
+    "prolip": "prolip:fit",
     "gda": "gda:fit",
     "pixels": "pixels:fit",
 }
+# Those that need the embeddings before the projection of the image encoder.
+READ_EMBEDDINGS = frozenset({"prolip"})
 
 
 def fit(name: str, task: FewShotTask, seed: int) -> Predictor:

@@ -50,6 +50,8 @@ def choose_predictor(predictors: Iterable[Predictor], total: int, validation: Ex
 
 def inputs_of(predictor: Predictor, examples: Examples) -> torch.Tensor:
     """The input (n, width) of `predictor` for `examples`."""
+    if predictor.reads == "embeddings":
+        return examples.embeddings[0]
     return examples.features if predictor.reads == "features" else pixels_of(examples)
 
 

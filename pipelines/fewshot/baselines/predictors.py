@@ -109,6 +109,17 @@ class Bottleneck(Head):
         return adapted(inputs, self.down, self.up, self.ratio) @ self.weight.T
 
 
+class ProjectedHead(Head):
+    """logits = W x, with x the direction of  P h + b  for an embedding h before the image encoder's projection
+    [Fahes et al. 2024]."""
+
+    shapes: ClassVar = {"weight": ("classes", "width"), "projection": ("width", "embedding width"), "bias": ("width",)}
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, embedding width) to (n, classes)."""
+        return F.normalize(F.linear(inputs, self.projection, self.bias), dim=-1) @ self.weight.T
+
+
 def key_value_logits(
     features: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, beta: float | torch.Tensor
 ) -> torch.Tensor:
@@ -129,13 +140,15 @@ def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio:
     return F.normalize(ratio * bottleneck + (1 - ratio) * features, dim=-1)
 
 
-READABLE: dict[str, Literal["features", "pixels"]] = {"features": "features", "pixels": "pixels"}
+Reads = Literal["features", "pixels", "embeddings"]
+READABLE: dict[str, Reads] = {"features": "features", "pixels": "pixels", "embeddings": "embeddings"}
 # By their names in files.
 HEADS: dict[str, type[Head]] = {
     "Linear": LinearHead,
     "Prompted": Prompted,
     "KeyValueCache": KeyValueCache,
     "Bottleneck": Bottleneck,
+    "Projected": ProjectedHead,
 }
 
 
@@ -147,14 +160,15 @@ class Predictor:
         head: computes the logits.
         num_trainable_parameters: number of parameters set by a gradient or a solver; counts and copies are not included.
         setting: hyperparameters chosen on the validation images.
-        reads: the input of `logits`: unit features of images, or the output of `raw_pixels`.
+        reads: the input of `logits`: unit features of images, the output of `raw_pixels`, or embeddings of images before the
+            encoder's projection.
         open_vocabulary: whether classes can be added by their prompts alone.
     """
 
     head: Head
     num_trainable_parameters: int
     setting: dict[str, float] = field(default_factory=dict)
-    reads: Literal["features", "pixels"] = "features"
+    reads: Reads = "features"
     open_vocabulary: bool = False
 
     @torch.no_grad()

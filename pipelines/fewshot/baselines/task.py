@@ -8,6 +8,7 @@ import torch
 
 from pipelines.clip import Clip
 from pipelines.errors import InputError
+from pipelines.fewshot.projection import ImageProjection
 
 # Largest error of a feature's length in half precision.
 LENGTH_TOLERANCE = 1e-2
@@ -22,6 +23,7 @@ class Examples:
         labels: (n,) int64, indices of the task's classes.
         pixels: (n, p), from `raw_pixels`; only used by the method `pixels`.
         views: (v, n, d), features of length 1 of augmented views of the same images; None for no augmentation.
+        embeddings: (1 + v, n, p), the embeddings before the projection of all views; only used by methods that train it.
     Raises: InputError if the sizes differ, or a feature is not finite and of length 1.
     """
 
@@ -29,6 +31,7 @@ class Examples:
     labels: torch.Tensor
     pixels: torch.Tensor | None = None
     views: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = {"features": self.features.shape[:1], "labels": self.labels.shape}
@@ -36,9 +39,11 @@ class Examples:
             shapes["pixels"] = self.pixels.shape[:1]
         if self.views is not None:
             shapes["views"] = self.views.shape[1:2]
+        if self.embeddings is not None:
+            shapes["embeddings"] = self.embeddings.shape[1:2]
         if len(set(shapes.values())) > 1:
             described = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-            raise InputError(f"features, labels, pixels and views must be of the same images, got {described}.")
+            raise InputError(f"features, labels, pixels, views and embeddings must be of the same images, got {described}.")
         lengths = self.all_views().norm(dim=-1)
         # Also refuses NaN.
         if not bool(((lengths - 1).abs() < LENGTH_TOLERANCE).all()):
@@ -67,6 +72,7 @@ class FewShotTask:
         train: the training images.
         validation: the images to choose hyperparameters on.
         clip: the model, for methods that train through its text encoder.
+        projection: of the image encoder, for methods that train it.
     Raises: InputError if the fields do not fit each other, or a class has no training image.
     """
 
@@ -76,6 +82,7 @@ class FewShotTask:
     train: Examples
     validation: Examples
     clip: Clip | None = None
+    projection: ImageProjection | None = None
 
     def __post_init__(self) -> None:
         count, width = self.class_features.shape

@@ -38,14 +38,16 @@ def train(
     examples: Examples,
     schedule: Schedule,
     generator: torch.Generator,
+    views: torch.Tensor | None = None,
 ) -> None:
     """Minimise `loss_of` over `parameters`, in place. Every epoch uses a random view of each image.
 
     Args:
         loss_of: the loss () of features (batch, d) and labels (batch,).
         generator: of the order and the views.
+        views: (v, n, width), the inputs instead of the views of the features.
     """
-    parameters, views = list(parameters), examples.all_views()
+    parameters, views = list(parameters), examples.all_views() if views is None else views
     optimizer = schedule.optimizer(parameters)
     steps = schedule.epochs * math.ceil(len(examples) / schedule.batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
