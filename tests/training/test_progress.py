@@ -108,6 +108,16 @@ def test_at_the_end_every_phase_has_its_measured_duration(clock):
     assert [phase.seconds for phase in progress.plan] == [4.0, 0.0, 5.0]
 
 
+def test_a_skipped_phase_that_comes_later_is_measured_by_itself(clock):
+    progress = planned(clock, 10.0, 20.0, 30.0, 40.0)
+    for seconds, name in ((1.0, "a"), (2.0, "c"), (4.0, "b"), (8.0, "c"), (16.0, "d")):
+        progress.enter(name)
+        clock.now += seconds
+    progress.end()
+    # The second c is not planned and belongs to b.
+    assert [(phase.name, phase.seconds) for phase in progress.plan] == [("a", 1.0), ("c", 2.0), ("b", 12.0), ("d", 16.0)]
+
+
 def test_the_status_of_a_run_has_the_progress_of_its_parts(tmp_path):
     run = RunDirectory.create(tmp_path, {})
     run.plan([PlannedPhase(CROSS_VALIDATION, 10.0, number) for number in (1, 2)] + [PlannedPhase(TRAINING, 20.0)])

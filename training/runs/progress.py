@@ -62,17 +62,30 @@ class RunProgress:
         return next((phase.seconds for phase in self.plan[: self._current] if phase.name == name and phase.seconds), 0.0)
 
     def enter(self, name: str, number: int | None = None) -> None:
-        """Begin the next phase `name`; one that the plan does not have belongs to the current one. An empty plan gets it."""
+        """Begin the next phase `name`, or one that was skipped; one that the plan does not have belongs to the current one.
+
+        An empty plan gets the phase.
+        """
         self.plan = self.plan or [PlannedPhase(name, number=number)]
-        following = range(self._current + 1, len(self.plan))
-        index = next((i for i in following if (self.plan[i].name, self.plan[i].number) == (name, number)), None)
+        matching = [i for i, phase in enumerate(self.plan) if (phase.name, phase.number) == (name, number)]
+        index = next((i for i in matching if i > self._current), None)
         if index is None:
-            return
+            skipped = next((i for i in matching if i not in self._begun), None)
+            if skipped is None:
+                return
+            index = self._moved(skipped)
         now = self._clock()
         if self._current >= 0:
             self.plan[self._current] = replace(self.plan[self._current], seconds=now - self._began)
         self._current, self._began, self._first, self._fraction = index, now, 0.0, 0.0
         self._begun.add(index)
+
+    def _moved(self, skipped: int) -> int:
+        """Move a skipped phase behind the current one; returns its new index."""
+        self.plan.insert(self._current, self.plan.pop(skipped))
+        self._begun = {index - (index > skipped) for index in self._begun}
+        self._current -= 1
+        return self._current + 1
 
     def end(self) -> None:
         """End the run: every phase then has its measured duration, 0 if it was skipped."""
