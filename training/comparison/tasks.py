@@ -23,6 +23,8 @@ from training.runs.arena_files import Purpose
 PACE_STEPS = 20
 # Measurements of the held-out loss in a training.
 MEASUREMENTS = 8
+# The folder that all cells share.
+CACHE = "cache"
 
 
 class ArenaTask(Protocol):
@@ -147,7 +149,7 @@ class SubjectArena:
             *("--pretrained_model_name_or_path", self.options.models.pretrained_model_name_or_path),
             *("--max_train_steps", str(steps), "--seed", str(seed)),
             *(() if rate is None else (f"--{RATE}", repr(rate))),
-            *("--no_certify", "--no_validation_images", "--report_to", "none", "--checkpoints_total_limit", "1"),
+            *("--no_certify", "--no_validation_images", *shared_flags(self.options)),
             *shlex.split(self.options.models.subject_flags),
         ]
 
@@ -243,7 +245,7 @@ class FewShotArena:
             *(() if path is None else ("--data_dir", str(path))),
             *("--model", model.model, *(() if model.pretrained is None else ("--pretrained", model.pretrained))),
             *("--max_train_steps", str(steps), *(() if rate is None else (f"--{RATE}", repr(rate)))),
-            *("--report_to", "none", "--checkpoints_total_limit", "1"),
+            *shared_flags(self.options),
             *shlex.split(model.fewshot_flags),
         ]
 
@@ -253,6 +255,12 @@ class FewShotArena:
         inputs = (DIGITS if path is None else folder_digest(path), model_digest(folder))
         key = cell_key("few-shot", tuple(flags), variant, inputs)
         return Cell("few-shot", dataset, variant.label, purpose, rate, None, tuple(flags), key)
+
+
+def shared_flags(options: ArenaOptions) -> list[str]:
+    """The flags of all cells: one cache for what the base model computes, and no more files than a cell needs."""
+    cache_dir = Path(options.output.output_dir).resolve() / CACHE
+    return ["--cache_dir", str(cache_dir), "--report_to", "none", "--checkpoints_total_limit", "1"]
 
 
 @lru_cache(maxsize=64)
