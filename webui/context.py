@@ -96,9 +96,9 @@ class AppContext:
         self.page, self.settings = page, settings
         # The runs with their images, to choose from.
         self.picker = gr.HTML(js_on_load=CHOOSING, elem_id="run")
-        # The ids of the subject run that Judge and Use show, of the classifier that Classify shows, and of the run of either kind
-        # that Train shows.
-        self.run, self.class_run, self.train_run = gr.State(None), gr.State(None), gr.State(None)
+        # The ids of the subject run that Judge and Use show, of the classifier that Classify shows, of the arena that its screen
+        # shows, and of the run of any kind that Train shows.
+        self.run, self.class_run, self.arena, self.train_run = (gr.State(None) for _ in range(4))
         # The step whose adapter Use generates with; Use renders and fills it, Judge sets it.
         self.step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
         # The run and the step that the user selected on Use or Judge; None for the recommended step.
@@ -124,7 +124,7 @@ class AppContext:
     @property
     def outputs(self) -> list[gr.components.Component | gr.Tabs]:
         """The outputs of `show`."""
-        return [self.run, self.class_run, self.train_run, self.tabs]
+        return [self.run, self.class_run, self.arena, self.train_run, self.tabs]
 
     def show(self, workspace: Workspace, run_id: str | None = None, tab: str | None = None) -> list[Any]:
         """Updates of `outputs`: select `run_id` on Train and on the screens of its task, and open the screen `tab`.
@@ -137,9 +137,9 @@ class AppContext:
         opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
         selected = next((view for view in runs if view.id == run_id), None)
         if selected is not None:
-            by_task = {"subject": gr.skip(), "classify": gr.skip(), selected.task: selected.id}
+            by_task = {"subject": gr.skip(), "classify": gr.skip(), "arena": gr.skip(), selected.task: selected.id}
             return [*by_task.values(), selected.id, opened]
-        return [_default([view for view in runs if view.task == "subject"]), gr.skip(), _default(runs), opened]
+        return [_default([view for view in runs if view.task == "subject"]), gr.skip(), gr.skip(), _default(runs), opened]
 
     def show_while_open(
         self, screen: str, update: Callable[..., Any], draft: gr.BrowserState, outputs: Sequence[Any], *changed: gr.State
@@ -178,6 +178,7 @@ class AppContext:
         self.relist.click(relist, chosen, self.outputs, **QUIET).then(listed, chosen, self.picker, **QUIET)
         for state in chosen:
             state.change(listed, chosen, self.picker, **QUIET)
+        for state in (*chosen, self.arena):
             state.change(None, js=REFRESH, **QUIET)
 
 

@@ -38,7 +38,7 @@ from webui.runs import RunView
 from webui.workspace import Workspace
 
 RECIPES = {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}
-LAUNCHER = ("accelerate", "launch")
+LAUNCHER, ARENA = ("accelerate", "launch"), ("python", "-m", "training.arena")
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
 REFUSALS: dict[str, str] = {
@@ -70,6 +70,17 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     return path.name
 
 
+def start_arena(workspace: Workspace, path: Path, folders: Sequence[Path]) -> None:
+    """Start the arena whose options are in the new run directory `path`.
+
+    Args:
+        folders: of the user's datasets that it reads, which must not be changed until it has ended.
+    """
+    words = arena_command(path)
+    Launch("arena", words, time.time(), {"data": {"folders": [str(folder.absolute()) for folder in folders]}}).write(path)
+    _spawn(workspace, path, words)
+
+
 def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) -> None:
     """Start a dry run in the folder `path` that measures time and memory; it waits in the same queue and is not listed as a run.
 
@@ -91,6 +102,11 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
     # The working directory is the root of a checkout. An installed package has none.
     recipe = RECIPES[task] if IS_CHECKOUT else str(ROOT / RECIPES[task])
     return [*LAUNCHER, recipe, *flags(task, options), "--output_dir", str(output_dir)]
+
+
+def arena_command(path: Path) -> list[str]:
+    """The command that runs the arena in the directory `path`, or goes on with it."""
+    return [*ARENA, "--options_file", str(path / ResolvedOptions.NAME), "--output_dir", str(path)]
 
 
 def resume(workspace: Workspace, run_id: str) -> None:
@@ -162,6 +178,8 @@ def delete(workspace: Workspace, run_id: str) -> None:
 def _resuming(workspace: Workspace, view: RunView) -> list[str]:
     """The command that resumes a run."""
     path = view.record.path.absolute()
+    if view.task == "arena":
+        return arena_command(path)
     if view.launch.options is not None:
         validated(workspace, view.task, view.launch.options)
         return [*command(view.task, view.launch.options, path), *RESUMING]
@@ -223,8 +241,9 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], from_terminal
 
 
 def _with_launcher(words: Sequence[str]) -> list[str]:
-    """The command with the launcher of this Python environment, regardless of PATH and of the working directory."""
-    return [sys.executable, "-P", "-m", "accelerate.commands.launch", *words[len(LAUNCHER) :]]
+    """The command with this Python environment, regardless of PATH and of the working directory."""
+    arguments = words[2:] if tuple(words[:3]) == ARENA else ["accelerate.commands.launch", *words[len(LAUNCHER) :]]
+    return [sys.executable, "-P", "-m", *arguments]
 
 
 def _end_all(process: psutil.Process) -> None:

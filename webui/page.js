@@ -4,7 +4,7 @@ call `window.noraVision`, are in `webui/page.py`. */
 (() => {
   const ACTIVE_MS = 2000, IDLE_MS = 10000, ANSWER_MS = 1500, BUSY_MS = 600, REOPEN_MS = 100, CLOSE_MS = 1000, MAX_TRIES = 3;
   // These screens are refreshed so often while a run goes on. The others are refreshed when the state of a run changes.
-  const REFRESH_MS = 10000, FOLLOWING = ["train", "judge", "runs", "classify", "use"];
+  const REFRESH_MS = 10000, FOLLOWING = ["train", "judge", "runs", "classify", "use", "arena"];
   // The page's own, which is not read yet.
   let pageTitle = null;
   const click = (id) => document.getElementById(id)?.click();

@@ -14,7 +14,7 @@ from gradio.utils import LRUCache
 
 from webui.api import build_api
 from webui.context import QUIET, AppContext, Page
-from webui.screens import check, classify, judge, photos, runs, train, use
+from webui.screens import arena, check, classify, judge, photos, runs, train, use
 from webui.workspace import Settings
 
 HERE = Path(__file__).parent
@@ -76,6 +76,7 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
     "judge": ("4 Judge", judge),
     "use": ("5 Use", use),
     "classify": ("Classify", classify),
+    "arena": ("Arena", arena),
     "runs": ("Runs", runs),
 }
 

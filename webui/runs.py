@@ -48,6 +48,8 @@ STARTING = "Starting: loading the libraries takes a few seconds"
 # Errors whose messages are written for users.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
 LONGEST_ERROR = 400
+# What a run counts.
+NOUNS = {"subject": "step", "classify": "training", "arena": "run"}
 # The displayed training loss is the mean over this many steps.
 LAST_STEPS = 16
 
@@ -58,11 +60,11 @@ class RunView(RunSnapshot):
 
     @property
     def method(self) -> str:
-        """The display name of the adapter method, or of all methods of a classifier."""
+        """The display name of the adapter method, or of all methods of a classifier or an arena."""
         if self.task == "subject":
             return naming.method_name(self.chosen("adapter", "method") or DEFAULT)
-        methods = self.chosen("method", "method")
-        return ", ".join(map(naming.method_name, methods)) if isinstance(methods, list) else ""
+        methods = self.chosen("method", "methods" if self.task == "arena" else "method")
+        return ", ".join(map(naming.variant_title, methods)) if isinstance(methods, list) else ""
 
     @property
     def prompt(self) -> str:
@@ -87,7 +89,7 @@ class RunView(RunSnapshot):
             return images[0].path
         if self.task == "subject":
             return _first_image(Path(self.chosen("data", "instance_data_dir") or SAMPLE_SUBJECT))
-        folder = self.chosen("data", "data_dir")
+        folder = self.chosen("data", "subjects_dir" if self.task == "arena" else "data_dir")
         figures = sorted((self.record.path / "figures").glob("*.png"))
         return (_first_image(Path(folder)) if folder else None) or next(iter(figures), None)
 
@@ -124,8 +126,8 @@ class RunView(RunSnapshot):
     def progress(self) -> str:
         """The share, the steps and the time left, as text."""
         step, total = self.status.step, self.status.total
-        is_counted = self.task == "classify" or self.status.phase == phases.TRAINING
-        steps = f"{'training' if self.task == 'classify' else 'step'} {step} of {total}" if total and is_counted else ""
+        is_counted = self.task != "subject" or self.status.phase == phases.TRAINING
+        steps = f"{NOUNS[self.task]} {step} of {total}" if total and is_counted else ""
         share = "" if self.share is None else f"{self.share:.0%}"
         return " · ".join(filter(None, (share, steps, self.time_left)))
 
@@ -133,14 +135,15 @@ class RunView(RunSnapshot):
     def headline(self) -> str:
         """Its state in words."""
         done, total, seconds = max(self.status.step or 0, self.saved), self.status.total, self.status.seconds
-        has_steps = done and total and self.task == "subject"
+        has_steps = done and total and self.task != "classify"
+        past = f"{done} of {total} {NOUNS[self.task]}s were done" if has_steps else "No training step was done"
         sentences = {
             "queued": in_queue(self.runs_before) if self.runs_before else STARTING,
             "starting": STARTING,
             "running": phase_title(self.status),
             "done": "Done" if seconds is None else f"Done in {duration(seconds)}",
         }
-        return sentences.get(self.state, f"{done} of {total} steps were done" if has_steps else "No training step was done")
+        return sentences.get(self.state, past)
 
     @property
     def saved(self) -> int:
@@ -152,6 +155,8 @@ class RunView(RunSnapshot):
         """Why it ended and what to do; empty unless it was interrupted, stopped or has failed."""
         steps = f"Everything up to step {self.saved} is saved." if self.saved else "No checkpoint was saved."
         effect = "continues from there" if self.saved else "starts again with the same settings"
+        if self.task == "arena":
+            steps, effect = "Runs that have ended are not repeated.", "continues with the others"
         if self.state in ("interrupted", "stopped"):
             return f"{self.reason} {steps} Resume {effect}."
         return f"{plain_error(self.error)} {steps}" if self.state == "failed" else ""
@@ -166,7 +171,7 @@ class RunView(RunSnapshot):
     @property
     def figures(self) -> list[tuple[str, str]]:
         """Its key figures as pairs of name and value."""
-        rows = _of_classifier(self) if self.task == "classify" else _of_subject(self)
+        rows = _of_subject(self) if self.task == "subject" else _of_several(self)
         return [(name, value) for name, value in rows if value]
 
 
@@ -248,9 +253,9 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
     ]
 
 
-def _of_classifier(view: RunView) -> list[tuple[str, str]]:
+def _of_several(view: RunView) -> list[tuple[str, str]]:
     done, total = view.status.step, view.status.total
-    started = [("Methods", view.method), ("Trainings", f"{done} of {total}" if total else "")]
+    started = [("Methods", view.method), (f"{NOUNS[view.task]}s".capitalize(), f"{done} of {total}" if total else "")]
     return [(naming.method_name(row.method), in_percent(row.top1)) for row in accuracies(view)] or started
 
 

@@ -19,6 +19,7 @@ from training.comparison.verdict import verdict_of
 from training.options.arena import parse_arena_options
 from training.runs.arena_files import BLIND, KEY, RATINGS, ArenaReport, Observation
 from training.runs.arena_results import MEASURES, front_of, ranked
+from training.runs.subject_files import EVALUATION
 
 
 def observation(variant, dataset, seed, quality, parameters=100, task="few-shot", **more):
@@ -149,7 +150,7 @@ def test_blind_sheets_show_letters_alone_and_the_key_is_apart(tmp_path):
     colours = {"lora": (200, 0, 0), "nora": (0, 200, 0), "dora": (0, 0, 200)}
     observations = [observation(name, "toy", seed, 0.5, task="subject") for name in colours for seed in range(4)]
     for one in observations:
-        folder = tmp_path / one.cell / "evaluation"
+        folder = tmp_path / one.cell / EVALUATION / "subject"
         folder.mkdir(parents=True)
         for index in range(2):
             Image.new("RGB", (64, 64), colours[one.variant]).save(folder / f"{index}.png")
@@ -168,8 +169,8 @@ def test_blind_sheets_show_letters_alone_and_the_key_is_apart(tmp_path):
 
 def test_ratings_that_somebody_has_filled_in_are_not_replaced(tmp_path):
     one = observation("lora", "toy", 0, 0.5, task="subject")
-    (tmp_path / one.cell / "evaluation").mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(tmp_path / one.cell / "evaluation" / "0.png")
+    (tmp_path / one.cell / EVALUATION / "subject").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / one.cell / EVALUATION / "subject" / "0.png")
     (tmp_path / BLIND).mkdir()
     (tmp_path / BLIND / RATINGS).write_text("filled in")
     write_sheets([one], tmp_path)

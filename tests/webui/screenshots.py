@@ -7,6 +7,7 @@ It takes about ten minutes and is no part of the tests. The screens by size and 
 
 from itertools import product
 
+from arena_folders import arena_in
 from browsing import go_to
 from playwright.sync_api import expect
 
@@ -48,6 +49,7 @@ def test_screens_of_whole_runs(app_server, new_page, screenshot):
     screenshot(page, "runs", TALLEST["runs"])
     classify(page)
     screenshot(page, "classify", TALLEST["classify"])
+    arena_in(server.runs / "arena")
     for size, dark in product(("desk", "phone"), (False, True)):
         page = opened(new_page, server, size=size, dark=dark)
         for screen in SCREENS:

@@ -1,6 +1,7 @@
 """Every screen fits a phone and a desk, and can be read and operated by everybody, with runs of both tasks to show."""
 
 import pytest
+from arena_folders import arena_in
 from axe_playwright_python.sync_playwright import Axe
 from browsing import go_to, quiet
 from class_folders import COLOURS, colour_folder, finished_classifier
@@ -15,12 +16,13 @@ OTHER_THEME = "document.body.classList.toggle('dark')"
 
 @pytest.fixture(scope="module")
 def server(app_server, tmp_path_factory):
-    """A server with a finished run of each task, and one that seems to go on."""
+    """A server with a finished run of each task, an arena, and a run that seems to go on."""
     server = app_server()
     names = {name: f"{name} with quite a long name" for name in COLOURS}
     workspace = Workspace(server.runs, server.uploads, is_local=True)
     finished_classifier(workspace, colour_folder(tmp_path_factory.mktemp("pictures"), 6), names)
     finished_run(server.runs / "29990101-000001-newest")
+    arena_in(server.runs / "20260102-000000-arena", seeds=1)
     run_in(server.runs / "20260101-000000-active", steps=40)
     yield server
     end_processes()

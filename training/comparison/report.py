@@ -10,16 +10,19 @@ from pathlib import Path
 from pipelines.run_options import Task
 from pipelines.tables import harmless, markdown_table, replace_parts
 from pipelines.text_files import write_text_atomically
-from training.runs.arena_files import MARKDOWN, OBSERVATIONS, ArenaReport, MeasureSummary
+from training.runs.arena_files import MARKDOWN, OBSERVATIONS, ArenaReport
 from training.runs.arena_results import (
     MEASURES,
     PRIMARY,
     TASK_NAMES,
     TESTED,
-    all_measures,
+    Measure,
+    all_shots,
+    by_dataset,
     differences_to_best,
     mean_of,
     measure_named,
+    measures_at,
     ranked,
 )
 from training.runs.naming import variant_title
@@ -92,7 +95,7 @@ def section(report: ArenaReport, task: Task, figures: Sequence[str]) -> str:
 
 def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterator[str]:
     yield " ".join(report.verdict.get(task, ("There are no two methods to compare.",)))
-    shots = sorted({s.shots for s in report.summaries if s.task == task and s.shots is not None}) or [None]
+    shots = all_shots(report.summaries, task) or [None]
     for number in shots:
         yield ""
         yield from _means(report, task, number)
@@ -109,51 +112,42 @@ def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterato
 
 def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
     """Every measure of every variant, the mean over all datasets and seeds; the best variant first."""
-    names = all_measures(task, [s for s in report.summaries if s.shots == shots])
+    measures = measures_at(report.summaries, task, shots)
     if shots is not None:
         yield f"{shots} {'shot' if shots == 1 else 'shots'}:"
         yield ""
     order = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
-    rows = ([variant_title(variant), *(_mean(report, task, shots, name, variant) for name in names)] for variant in order)
-    yield markdown_table(["method", *(measure_named(task, name).title for name in names)], rows)
+    rows = ([variant_title(variant), *(_mean(report, task, shots, one, variant) for one in measures)] for variant in order)
+    yield markdown_table(["method", *(measure.title for measure in measures)], rows)
 
 
-def _mean(report: ArenaReport, task: Task, shots: int | None, name: str, variant: str) -> str:
-    summary, measure = mean_of(report.summaries, task, shots, name, variant), measure_named(task, name)
+def _mean(report: ArenaReport, task: Task, shots: int | None, measure: Measure, variant: str) -> str:
+    summary = mean_of(report.summaries, task, shots, measure.name, variant)
     if summary is None:
         return ""
-    return _with_interval(summary, task) if name in TESTED[task] else measure.text(summary.interval.value)
-
-
-def _with_interval(summary: MeasureSummary, task: Task) -> str:
-    text, interval = measure_named(task, summary.measure).text, summary.interval
-    return f"{text(interval.value)} ({text(interval.low)} to {text(interval.high)})"
+    is_tested = measure.name in TESTED[task]
+    return measure.with_interval(summary.interval) if is_tested else measure.text(summary.interval.value)
 
 
 def _by_dataset(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
     """The primary measure on each dataset."""
-    name = PRIMARY[task]
-    chosen = [s for s in report.summaries if (s.task, s.shots, s.measure) == (task, shots, name) and s.dataset is not None]
-    datasets = list(dict.fromkeys(summary.dataset for summary in chosen))
-    cells = {(summary.variant, summary.dataset): _with_interval(summary, task) for summary in chosen}
-    order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
-    yield f"{measure_named(task, name).title} on each dataset, with the interval over its seeds:"
+    measure, values = measure_named(task, PRIMARY[task]), by_dataset(report.summaries, task, shots)
+    texts = [{variant: measure.with_interval(one) for variant, one in of_dataset.items()} for of_dataset in values.values()]
+    order = [one.variant for one in ranked(report.summaries, task, shots, measure.name)]
+    rows = [[variant_title(variant), *(of_dataset.get(variant, "") for of_dataset in texts)] for variant in order]
+    yield f"{measure.title} on each dataset, with the interval over its seeds:"
     yield ""
-    yield markdown_table(
-        ["method", *datasets], ([variant_title(v), *(cells.get((v, dataset), "") for dataset in datasets)] for v in order)
-    )
+    yield markdown_table(["method", *values], rows)
 
 
 def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
     """The paired tests of every variant against the best one, by the primary measure."""
-    name = PRIMARY[task]
-    order = [summary.variant for summary in ranked(report.summaries, task, shots, name)]
-    text = measure_named(task, name).text
-    best = variant_title(order[0])
+    measure = measure_named(task, PRIMARY[task])
+    best = variant_title(ranked(report.summaries, task, shots, measure.name)[0].variant)
     yield f"Paired differences to {best} (Wilcoxon's signed-rank test, adjusted by Holm's method for all pairs):"
     yield ""
     rows = [
-        [variant_title(variant), f"{text(one.value)} ({text(one.low)} to {text(one.high)})", str(count), f"{p:.3g}"]
+        [variant_title(variant), measure.with_interval(one), str(count), f"{p:.3g}"]
         for variant, one, count, p in differences_to_best(report, task, shots)
     ]
     yield markdown_table(["method", "difference", "splits", "adjusted p"], rows)

@@ -37,6 +37,10 @@ class Measure:
         """The value for people."""
         return format(value, self.form)
 
+    def with_interval(self, interval: Interval) -> str:
+        """A value with its interval for people."""
+        return f"{self.text(interval.value)} ({self.text(interval.low)} to {self.text(interval.high)})"
+
 
 COSTS = (
     Measure("parameters", "parameters", "lower", ",.0f", "trained parameters"),
@@ -100,16 +104,38 @@ def ranked(summaries: Sequence[MeasureSummary], task: Task, shots: int | None, m
     return sorted(chosen, key=lambda summary: sign * summary.interval.value)
 
 
-def all_measures(task: Task, summaries: Sequence[MeasureSummary]) -> list[str]:
-    """The names of the measures of `task` that have a mean, in their order."""
-    present = {summary.measure for summary in summaries if summary.task == task}
-    return [measure.name for measure in MEASURES[task] if measure.name in present]
+def measures_at(summaries: Sequence[MeasureSummary], task: Task, shots: int | None) -> list[Measure]:
+    """The measures that have a mean at `shots`, in their order."""
+    present = {summary.measure for summary in summaries if (summary.task, summary.shots) == (task, shots)}
+    return [measure for measure in MEASURES[task] if measure.name in present]
+
+
+def by_dataset(summaries: Sequence[MeasureSummary], task: Task, shots: int | None) -> dict[str, dict[str, Interval]]:
+    """The primary measure, with the interval over the seeds, by dataset and variant."""
+    datasets: dict[str, dict[str, Interval]] = {}
+    for one in summaries:
+        if one.dataset is not None and (one.task, one.shots, one.measure) == (task, shots, PRIMARY[task]):
+            datasets.setdefault(one.dataset, {})[one.variant] = one.interval
+    return datasets
+
+
+def quality_by_shots(summaries: Sequence[MeasureSummary], task: Task) -> dict[str, list[tuple[int, float]]]:
+    """The numbers of shots and the primary measure of each variant, the best one at the most shots first."""
+    curves = {one.variant: [] for one in ranked(summaries, task, largest_shots(summaries, task), PRIMARY[task])}
+    for shots in all_shots(summaries, task):
+        for one in ranked(summaries, task, shots, PRIMARY[task]):
+            curves.setdefault(one.variant, []).append((shots, one.interval.value))
+    return curves
+
+
+def all_shots(summaries: Sequence[MeasureSummary], task: Task) -> list[int]:
+    """The numbers of shots that were measured, sorted; empty for a task without shots."""
+    return sorted({summary.shots for summary in summaries if summary.task == task and summary.shots is not None})
 
 
 def largest_shots(summaries: Sequence[MeasureSummary], task: Task) -> int | None:
     """The most shots that were measured; None for a task without shots."""
-    shots = [summary.shots for summary in summaries if summary.task == task and summary.shots is not None]
-    return max(shots, default=None)
+    return max(all_shots(summaries, task), default=None)
 
 
 def comparison_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +66,7 @@ def title_of(folder: Path, options: Options, task: str) -> str:
 
     Args:
         options: of the run, by group.
-        task: "subject" or "classify".
+        task: "subject", "classify" or "arena".
     Raises: InputError if title.json cannot be read.
     """
     given = RunTitle.read(folder)
@@ -74,9 +74,10 @@ def title_of(folder: Path, options: Options, task: str) -> str:
 
 
 def default_title(options: Options, task: str) -> str:
-    """The trigger word and the class word of a subject, or the classes of a classifier."""
+    """The trigger word and the class word of a subject, the classes of a classifier, or the data of an arena."""
     data = options.get("data") or {}
-    title = _classes(data) if task == "classify" else _subject(data.get("instance_prompt"))
+    titles = {"classify": _classes, "arena": _compared}
+    title = titles[task](data) if task in titles else _subject(data.get("instance_prompt"))
     return title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 1]}…"
 
 
@@ -90,10 +91,20 @@ def _classes(data: Options) -> str:
     given = data.get("class_names")
     names = [str(each).partition("=")[2] for each in given] if isinstance(given, list) else []
     if names:
-        more = len(names) - NAMED_CLASSES
-        return ", ".join(names[:NAMED_CLASSES]) + (f" and {more} more" if more > 0 else "")
+        return _listed(names)
     folder = data.get("dataset") or data.get("data_dir")
     return Path(str(folder)).name if folder else SAMPLE_CLASSES
+
+
+def _compared(data: Options) -> str:
+    folder, words = data.get("subjects_dir"), [str(each).partition("=")[2] for each in data.get("class_words") or ()]
+    subjects = words or ([Path(str(folder)).name] if folder else [])
+    return _listed([*subjects, *(Path(str(each)).stem for each in data.get("datasets") or ())])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMED_CLASSES
+    return ", ".join(names[:NAMED_CLASSES]) + (f" and {more} more" if more > 0 else "")
 
 
 def file_stem(title: str, step: int) -> str:

@@ -342,7 +342,7 @@ class Launch(RunFile):
     """How the web app started a run.
 
     Args:
-        task: "subject" or "classify".
+        task: "subject", "classify" or "arena".
         command: the words of the command.
         created: when, in seconds since the epoch.
         options: those that differ from the defaults, by group.

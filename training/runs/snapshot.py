@@ -34,7 +34,7 @@ from training.runs.run_files import (
 from training.runs.run_log import LOG, ended_by, last_error
 from training.runs.waiting import BEGINNING_SECONDS, QUEUE, runs_before
 
-Task = Literal["subject", "classify"]
+Task = Literal["subject", "classify", "arena"]
 State = Literal["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
 Action = Literal["stop", "sample", "save", "resume", "duplicate", "delete"]
 ACTIVE = frozenset({"queued", "starting", "running"})
@@ -127,7 +127,9 @@ class RunSnapshot:
 
     @cached_property
     def task(self) -> Task:
-        """The task of its recipe."""
+        """The task of its recipe, or that it is an arena, whose options are for the models of both tasks."""
+        if "models" in self.options:
+            return "arena"
         return self.launch.task or ("classify" if "target_layers" in self.options else "subject")
 
     @cached_property
@@ -165,7 +167,8 @@ class RunSnapshot:
         if self.state == "stopped" != self.status.state and self._begins:
             return ()
         trains = self.task == "subject" and self.status.phase == TRAINING
-        return tuple(each for each in ACTIONS[self.state] if trains or each not in run_requests.ASKED)
+        refused = () if trains else run_requests.ASKED
+        return tuple(each for each in ACTIONS[self.state] if each not in refused and (self.task, each) != ("arena", "duplicate"))
 
     @cached_property
     def runs_before(self) -> int | None:

@@ -245,5 +245,6 @@ def check_free(workspace: Workspace, folder: Path) -> None:
     """Raises: InputError if a queued or active run trains on the images in `folder`."""
     given = str(folder.absolute())
     for view in views(workspace):
-        if view.is_active and view.launch_options.get("data", {}).get("data_dir") == given:
+        data = view.launch_options.get("data", {})
+        if view.is_active and given in (data.get("data_dir"), *data.get("folders", ())):
             raise InputError("A run is training on these images. Wait until it is done, or stop it first.")

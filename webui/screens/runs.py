@@ -22,6 +22,7 @@ from webui.plots import COLOURS, Plot, line_plot, running_mean, value_tables
 from webui.render import LazyUpdate, component, macros, parts, render, sample_image, text, thumbnail, updates
 from webui.runs import RunView, accuracies, in_percent, series, views
 from webui.screens import judge
+from webui.screens.train import RESULTS
 from webui.tasks import PLANS, Plan
 from webui.workspace import Workspace
 
@@ -113,7 +114,7 @@ class _Runs:
         view, action = RunView(workspace.run(run_id)), event.target.elem_id.removeprefix("runs-")
         is_classifier = view.task == "classify"
         if action == "open":
-            tab = "classify" if is_classifier else "judge" if view.state == "done" else "train"
+            tab = "train" if view.task == "subject" and view.state != "done" else RESULTS[view.task][0]
         elif action == "duplicate":
             tab, stored = ("classify", context.class_draft) if is_classifier else ("check", context.draft)
             options = launching.duplicate(workspace, view.id)
@@ -201,7 +202,7 @@ class _Comparison:
 
     def choices(self, before: Any, request: gr.Request) -> Any:
         """The runs, sent if they have changed."""
-        now = [(view.label, view.id) for view in views(self.settings.workspace(request))]
+        now = [(view.label, view.id) for view in views(self.settings.workspace(request)) if view.task != "arena"]
         return gr.skip() if now == before else [gr.Dropdown(choices=now), now]
 
     def compare(self, ids: list[str] | None, request: gr.Request) -> dict[Any, Any]:
@@ -236,8 +237,8 @@ def comparable(workspace: Workspace, ids: Sequence[str]) -> list[RunView]:
     if not MIN_RUNS <= len(unique) <= len(LETTERS):
         raise InputError(f"Choose {MIN_RUNS} to {len(LETTERS)} runs to compare, got {len(unique)}.")
     runs = [RunView(workspace.run(run_id)) for run_id in unique]
-    if len({view.task for view in runs}) > 1:
-        raise InputError("Subject runs and classifiers cannot be compared with each other. Choose runs of the same kind.")
+    if len({view.task for view in runs}) > 1 or runs[0].task == "arena":
+        raise InputError("Only subject runs, or only classifiers, can be compared with each other. Choose runs of the same kind.")
     if errors := [view.metrics_error for view in runs if view.metrics_error]:
         raise InputError(" ".join(errors))
     return runs

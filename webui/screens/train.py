@@ -25,7 +25,11 @@ ASKED = {
 }
 BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume", "next": "Judge the result"}
 # The screen with the result of a run, and the words on the button that opens it.
-RESULTS = {"subject": ("judge", "Judge the result"), "classify": ("classify", "See the classifier")}
+RESULTS = {
+    "subject": ("judge", "Judge the result"),
+    "classify": ("classify", "See the classifier"),
+    "arena": ("arena", "See the comparison"),
+}
 # The title, the series and how to read it, of each plot.
 STEPS, MEAN = "each step", "running mean"
 PLOTS = {
@@ -97,7 +101,8 @@ def sample_images(view: RunView) -> LazyUpdate:
     def make() -> str:
         groups = [(step, samples(record, step)) for step in steps]
         photos, single = subject_images(record), None if sheet is None else thumbnail(sheet, SHEET_SIDE)
-        values = {"groups": groups, "photos": photos, "sheet": single, "waits": view.is_active, "image": sample_image}
+        waits = view.is_active and view.task == "subject"
+        values = {"groups": groups, "photos": photos, "sheet": single, "waits": waits, "image": sample_image}
         return render("train_samples.html", **values)
 
     return lazy_text((record.path, *changed, sheet, view.is_active), make)
