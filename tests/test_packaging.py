@@ -43,7 +43,7 @@ def test_help_lists_every_subcommand_and_imports_the_standard_library_alone():
 
 def test_an_unknown_subcommand_names_those_that_exist(capsys):
     assert nora_vision_cli.main(["trian"]) == 2
-    message = "there is no subcommand 'trian'. Choose one of train, fewshot, generate, classify, check-images, app."
+    message = "there is no subcommand 'trian'. Choose one of train, fewshot, arena, generate, classify, check-images, app."
     assert message in capsys.readouterr().err
 
 
