@@ -146,7 +146,7 @@ class ArenaPlan:
         options = self.options(self.workspace.runs.absolute() / NEW_ARENA)
         runs, trainings, seconds = _expected(self, options)
         took = "time not measured yet" if seconds is None else f"about {duration(seconds)}"
-        return f"{trainings} trainings of {self.budget:g} {self.unit} in {runs} runs, learning rates included · {took}"
+        return f"At least {trainings} trainings of {self.budget:g} {self.unit} in {runs} runs, learning rates included · {took}"
 
     def start(self) -> str:
         """Start the arena; returns its id. Raises: InputError if it cannot be started, before anything is written."""
@@ -279,8 +279,8 @@ def running(view: RunView) -> list[str]:
 
 
 def _sentence(record: CellRecord) -> str:
-    rate = "" if record.learning_rate is None else f", learning rate {record.learning_rate:.3g}"
+    rate = "" if record.learning_rate is None else f" with learning rate {record.learning_rate:.3g}"
     seed = "" if record.seed is None else f", seed {record.seed}"
-    purposes = {"pace": "to measure its pace", "sweep": "to choose its learning rate", "final": "to be measured"}
-    purpose = purposes.get(record.purpose, "on half of the classes, to be tested on the others")
-    return f"{variant_title(record.variant)} on {record.dataset}, {purpose}{rate}{seed}"
+    purposes = {"pace": "measurement of its pace", "sweep": "trial", "final": "final training"}
+    purpose = purposes.get(record.purpose, "training on half of the classes")
+    return f"{variant_title(record.variant)} on {record.dataset}: {purpose}{rate}{seed}"

@@ -230,7 +230,7 @@ def test_an_arena_without_a_report_shows_what_runs(tmp_path):
     shown = contents(RunView(arena), [RunView(arena)])
     state = shown["state"].make().value
     end_processes()
-    assert "NoRA on toy, to choose its learning rate, learning rate 0.01, seed 0" in state
+    assert "NoRA on toy: trial with learning rate 0.01, seed 0" in state
     assert re.search(r"30% · run 12 of 40 · \d+ minutes left", state)
     assert not shown["report"].make().visible
     assert not shown["json"].make().visible
@@ -260,7 +260,7 @@ def test_without_an_arena_the_form_is_open():
 
 
 @pytest.mark.slow(30)
-def test_an_arena_is_started_and_stopped_on_the_screen(app_server, page, arena):
+def test_an_arena_is_started_and_stopped_on_the_screen(app_server, page):
     server = app_server(script="tests/webui/stand_in_app.py")
     page.goto(f"{server.url}?tab=arena")
     expect(page.locator("#arena-plan")).to_contain_text("trainings of 200 steps in 40 runs", timeout=PATIENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipelines.fewshot.layouts import counted
 from pipelines.run_options import Task
 from training.comparison.statistics import CONFIDENCE, smallest_p
 from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
@@ -58,7 +59,7 @@ def _too_few_splits(report: ArenaReport, task: Task, shots: int | None) -> str |
     if smallest_p(splits) * len(compared) < SIGNIFICANT:
         return None
     pairs = f"{len(compared)} pairs of methods" if len(compared) > 1 else "two methods"
-    return f"On {splits} splits no difference between {pairs} can be significant: add seeds, or data."
+    return f"On {counted(splits, 'split')} no difference between {pairs} can be significant: add seeds, or data."
 
 
 def _smallest(report: ArenaReport, task: Task, shots: int | None, best: str, equal: Sequence[str]) -> str:
