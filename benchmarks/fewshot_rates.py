@@ -26,6 +26,7 @@ from pipelines.fewshot.metrics import top1
 from training.engine.opening import open_run
 from training.fewshot.experiment import Experiment, SplitImages, labelled_set
 from training.fewshot.trials import Trial, fit_adapter
+from training.fewshot.validation import FittingClock
 from training.options.fewshot import FewShotOptions, parse_fewshot_options
 from training.runs.run import RunDirectory
 
@@ -73,7 +74,8 @@ def accuracies(accelerator: Accelerator, options: BenchmarkOptions, rate: float)
             scored = unused_images(images)
             labels = torch.tensor([image.label for image in scored])
             for method in options.method:
-                fitted = fit_adapter(accelerator, run, images, Trial(options.shots, seed, method), recipe)
+                trial = Trial(options.shots, seed, method)
+                fitted = fit_adapter(accelerator, run, images, trial, recipe, FittingClock())
                 results[method].append(top1(fitted.logits(scored), labels))
                 sys.stderr.write(f"{method}, rate {rate:g}, seed {seed}: {results[method][-1]:.1%} of {len(scored)} images\n")
     return results

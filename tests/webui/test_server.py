@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -124,9 +125,13 @@ def test_it_serves_without_model_libraries_restarts_after_a_kill_at_the_same_add
 
 def test_without_a_port_it_takes_the_first_free_one(app_server):
     with socket.socket() as taken:
-        with contextlib.suppress(OSError):
-            taken.bind(("127.0.0.1", FIRST_PORT))
-            taken.listen()
+        # A server of another test may have it, and give it back before this one starts.
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                taken.bind(("127.0.0.1", FIRST_PORT))
+                taken.listen()
+                break
+            time.sleep(0.5)
         server = app_server(own_port=False)
     assert FIRST_PORT < int(server.url.rstrip("/").rpartition(":")[2]) < FIRST_PORT + 100
 
