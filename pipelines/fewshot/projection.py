@@ -26,13 +26,26 @@ class ImageProjection:
 
     def features(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Features (..., d) of length 1 of embeddings (..., p)."""
-        return F.normalize(F.linear(embeddings, self.weight, self.bias), dim=-1)
+        return project(embeddings, self.weight, self.bias)
 
 
-def _linear_of(clip: Clip) -> nn.Linear | None:
-    """The projection of an encoder of timm; None for other encoders."""
-    layer = getattr(getattr(clip.model.visual, "head", None), "proj", None)
-    return layer if isinstance(layer, nn.Linear) else None
+def project(embeddings: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Features (..., d) of length 1 of embeddings (..., p), with weight (d, p) and bias (d,)."""
+    return F.normalize(F.linear(embeddings, weight, bias), dim=-1)
+
+
+def _projection_of(clip: Clip) -> nn.Linear | nn.Parameter:
+    """The layer at the end of an encoder of timm, or the matrix (p, d) at that of another encoder.
+
+    Raises: InputError if the encoder does not end in a linear projection.
+    """
+    visual = clip.model.visual
+    layer, matrix = getattr(getattr(visual, "head", None), "proj", None), getattr(visual, "proj", None)
+    if isinstance(layer, nn.Linear):
+        return layer
+    if isinstance(matrix, nn.Parameter):
+        return matrix
+    raise InputError(f"The image encoder of {clip.name} does not end in a linear projection. Use another method or model.")
 
 
 def image_projection(clip: Clip) -> ImageProjection:
@@ -40,13 +53,8 @@ def image_projection(clip: Clip) -> ImageProjection:
 
     Raises: InputError if the encoder does not end in a linear projection.
     """
-    linear, matrix = _linear_of(clip), getattr(clip.model.visual, "proj", None)
-    if linear is not None:
-        weight, bias = linear.weight, linear.bias
-    elif isinstance(matrix, nn.Parameter):
-        weight, bias = matrix.T, None
-    else:
-        raise InputError(f"The image encoder of {clip.name} does not end in a linear projection. Use another method or model.")
+    projection = _projection_of(clip)
+    weight, bias = (projection.weight, projection.bias) if isinstance(projection, nn.Linear) else (projection.T, None)
     weight = weight.detach().float().cpu()
     return ImageProjection(weight.contiguous(), weight.new_zeros(len(weight)) if bias is None else bias.detach().float().cpu())
 
@@ -56,16 +64,15 @@ def encode_embeddings(clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
 
     Raises: InputError as `image_projection`.
     """
-    image_projection(clip)
-    linear, visual = _linear_of(clip), clip.model.visual
-    if linear is None:
-        matrix, visual.proj = visual.proj, None
+    projection, visual = _projection_of(clip), clip.model.visual
+    if isinstance(projection, nn.Parameter):
+        visual.proj = None
         try:
             return clip.model.encode_image(pixels.to(clip.device, clip.dtype)).float()
         finally:
-            visual.proj = matrix
+            visual.proj = projection
     inputs: list[torch.Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    handle = projection.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
         clip.encode_images(pixels)
     finally:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nora_vision.files import read_header, read_tensors, write_tensors
 from pipelines.errors import InputError
+from pipelines.fewshot.projection import project
 
 # Shape of scalars, which are stored as tensors.
 SCALAR: tuple[str, ...] = ()
@@ -117,7 +118,7 @@ class ProjectedHead(Head):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, embedding width) to (n, classes)."""
-        return F.normalize(F.linear(inputs, self.projection, self.bias), dim=-1) @ self.weight.T
+        return project(inputs, self.projection, self.bias) @ self.weight.T
 
 
 def key_value_logits(

@@ -15,6 +15,7 @@ from pipelines.fewshot.baselines.choosing import choose_predictor
 from pipelines.fewshot.baselines.predictors import Predictor, ProjectedHead
 from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, train
+from pipelines.fewshot.projection import project
 from pipelines.randomness import keyed_generator
 
 # The authors' optimizer, steps and learning rates; the smaller ones of their grid change nothing within these steps.
@@ -45,7 +46,7 @@ def projected(task: FewShotTask, seed: int, learning_rate: float, penalty: float
 
     def loss_of(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of embeddings (batch, p) and labels (batch,)."""
-        features = F.normalize(F.linear(embeddings, weight, bias), dim=-1)
+        features = project(embeddings, weight, bias)
         return F.cross_entropy(features @ text.T, labels) + penalty * (weight - start).square().sum()
 
     optimizer = partial(torch.optim.Adam, lr=learning_rate, eps=EPSILON)
