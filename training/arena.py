@@ -108,12 +108,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises: InputError if one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        lock.acquire()
+        acquired = FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout as error:
         raise InputError(f"Another arena is at work in {str(folder)!r}. Wait for it, or give another --output_dir.") from error
-    with lock:
+    with acquired:
         yield
 
 

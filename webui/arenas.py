@@ -20,7 +20,15 @@ from pipelines.fewshot.shots import MOST_VALIDATION
 from pipelines.methods import DEFAULT, REFERENCE
 from pipelines.run_file import ResolvedOptions
 from training.fewshot.plan import TRAINED, estimated_seconds
-from training.options.arena import ALL, DIGITS, ArenaDataOptions, ArenaMethodOptions, ArenaOptions, ArenaOutputOptions
+from training.options.arena import (
+    ALL,
+    DIGITS,
+    FEWEST_PHOTOS,
+    ArenaDataOptions,
+    ArenaMethodOptions,
+    ArenaOptions,
+    ArenaOutputOptions,
+)
 from training.options.values import built
 from training.runs.arena_files import CELLS, CellRecord
 from training.runs.naming import BASELINES, method_name, variant_title
@@ -35,8 +43,6 @@ from webui.runs import RunView, duration
 from webui.workspace import Workspace
 
 SUBJECTS, CLASSES, NEW_ARENA = "subjects", "classes", "NEW-ARENA"
-# Photos of a subject: to train on, to choose a learning rate on and to test on.
-FEWEST_PHOTOS = 3
 METHODS = CHOICES["classify"][METHOD]
 METHOD_CHOICES = [("Every method", ALL), *((method_name(name), name) for name in METHODS)]
 DEFAULT_METHODS = [REFERENCE, DEFAULT]

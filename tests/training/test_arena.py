@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,11 @@ def test_the_front_has_the_smallest_method_of_each_quality(observations):
 
 
 def test_the_values_of_a_split_are_joined_from_all_its_cells():
-    first = observation("lora", "cats", 0, 0.8)
+    first = replace(observation("lora", "cats", 0, 0.8), curve=[(1.0, 0.8)])
     second = Observation("few-shot", "cats", "lora", 4, 0, {"harmonic_mean": 0.5}, "cells/other")
     (joined,) = merged([first, second])
     assert joined.values == {"top1": 0.8, "parameters": 100, "harmonic_mean": 0.5}
+    assert (joined.cell, joined.curve) == (first.cell, first.curve)
 
 
 def test_seconds_to_quality_are_those_until_the_reference_s_last_value_is_reached():

@@ -16,7 +16,7 @@ Split = tuple[str, int]
 
 
 def merged(observations: Sequence[Observation]) -> list[Observation]:
-    """One observation for each variant and split, with the values of all its cells."""
+    """One observation for each variant and split, with the values of all its cells and the curve of the first one."""
     by_split: dict[tuple, Observation] = {}
     for one in observations:
         key = (one.task, one.dataset, one.variant, one.shots, one.seed)

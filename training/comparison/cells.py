@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from training.comparison.variants import MethodVariant
 from training.options import SubjectOptions
 from training.options.command_line import options_from_flags
 from training.options.fewshot import FewShotOptions
-from training.runs.arena_files import CELLS, CellRecord, Purpose
+from training.runs.arena_files import CELLS, CellDescription, CellRecord
 from training.runs.recipe_process import recipe_command
 
 RECIPES: dict[Task, str] = {"subject": "training.dreambooth_nora", "few-shot": "training.fewshot_nora"}
@@ -29,26 +29,14 @@ WITHOUT_EFFECT = ("output",)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a recipe.
+class Cell(CellDescription):
+    """A cell that can be started.
 
     Args:
-        dataset: the subject's name, or the labelled dataset's.
-        variant: the label of the method.
-        purpose: "pace" measures the seconds of a step, "sweep" chooses a learning rate, "final" is measured, and so is
-            "base-to-new", on classes that were not trained.
-        learning_rate: None for a method without one.
-        seed: None if the run has all seeds.
         flags: of the recipe, without the run directory.
         key: a hash of the options, the images and the base model.
     """
 
-    task: Task
-    dataset: str
-    variant: str
-    purpose: Purpose
-    learning_rate: float | None
-    seed: int | None
     flags: tuple[str, ...]
     key: str
 
@@ -70,7 +58,7 @@ class Cell:
 
     def new_record(self, arena: Path) -> CellRecord:
         """The record of a cell that is started for the first time."""
-        values = {name: value for name, value in asdict(self).items() if name not in ("flags", "key")}
+        values = {each.name: getattr(self, each.name) for each in fields(CellDescription)}
         command = recipe_command(RECIPES[self.task], [*self.flags, "--output_dir", str(self.folder(arena))])
         return CellRecord(**values, command=command, state="running")
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.fewshot.metric_values import Interval
 from pipelines.run_options import Task
 from training.runs.arena_files import ArenaReport
-from training.runs.arena_results import MEASURES, PRIMARY, front_of, largest_shots, measure_named, points_of, ranked
+from training.runs.arena_results import (
+    MEASURES,
+    PRIMARY,
+    all_shots,
+    front_of,
+    largest_shots,
+    measure_named,
+    points_of,
+    quality_by_shots,
+)
 from training.runs.naming import variant_title
 
 SIZE, DPI = (8.0, 5.0), 120
@@ -25,7 +31,7 @@ def write_figures(report: ArenaReport, folder: Path) -> dict[Task, list[str]]:
         shots = largest_shots(report.summaries, task)
         figures = {f"parameters-{task}.png": quality_by_parameters(report, task, shots)}
         if task == "few-shot":
-            figures["shots.png"] = quality_by_shots(report, task)
+            figures["shots.png"] = accuracy_by_shots(report, task)
         names[task] = []
         for name, figure in figures.items():
             if figure is not None:
@@ -59,30 +65,21 @@ def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) ->
     return figure
 
 
-def quality_by_shots(report: ArenaReport, task: Task) -> Figure | None:
+def accuracy_by_shots(report: ArenaReport, task: Task) -> Figure | None:
     """The primary measure of each variant by the number of shots; None for a single number."""
-    measure = PRIMARY[task]
-    chosen = [s for s in report.summaries if (s.task, s.dataset, s.measure) == (task, None, measure) and s.shots is not None]
-    shots = sorted({summary.shots for summary in chosen})
+    shots = all_shots(report.summaries, task)
     if len(shots) < 2:
         return None
     figure = Figure(SIZE, layout="constrained")
     axes = figure.add_subplot()
-    for variant in _by_last_value(report, task, shots):
-        _draw_curve(axes, variant, {s.shots: s.interval for s in chosen if s.variant == variant})
+    for variant, curve in quality_by_shots(report.summaries, task).items():
+        numbers, intervals = zip(*curve, strict=True)
+        values = [one.value for one in intervals]
+        axes.plot(numbers, values, marker="o", markersize=3, label=variant_title(variant))
+        axes.fill_between(numbers, [one.low for one in intervals], [one.high for one in intervals], alpha=0.12)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, labels=list(map(str, shots)))
     axes.set_xlabel("training images per class")
-    axes.set_ylabel(measure_named(task, measure).title)
+    axes.set_ylabel(measure_named(task, PRIMARY[task]).title)
     axes.legend(fontsize=7, ncols=2)
     return figure
-
-
-def _draw_curve(axes: Axes, label: str, by_shots: Mapping[int, Interval]) -> None:
-    shots, intervals = sorted(by_shots), [by_shots[number] for number in sorted(by_shots)]
-    axes.plot(shots, [interval.value for interval in intervals], marker="o", markersize=3, label=variant_title(label))
-    axes.fill_between(shots, [one.low for one in intervals], [one.high for one in intervals], alpha=0.12)
-
-
-def _by_last_value(report: ArenaReport, task: Task, shots: Sequence[int]) -> list[str]:
-    return [summary.variant for summary in ranked(report.summaries, task, shots[-1], PRIMARY[task])]

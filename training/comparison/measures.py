@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -14,18 +15,22 @@ from training.runs.fewshot_files import FewShotReport, TrialResult
 from training.runs.record import RunRecord
 from training.runs.run_files import CALIBRATING, TRAINING, DryRunReport
 from training.runs.subject_files import SubjectEvaluation
+from training.subject.measured import measured_curve
 
 MB = 1e6
 
 
+@cache
 def validation_score(task: Task, folder: Path) -> float:
     """The score by which a learning rate is chosen, lower is better: the validation loss relative to the base model's, or the
     share of validation images that are classified wrongly.
 
+    The score of a finished run does not change, and a schedule asks for it whenever another cell has ended.
+
     Raises: InputError if the run in `folder` has no validation.
     """
     if task == "subject":
-        losses = _heldout_losses(folder)
+        losses = [point.heldout for point in measured_curve(RunRecord(folder))]
         if len(losses) < 2:
             raise InputError(f"{str(folder)!r} has no held-out losses. Delete the folder to run the cell again.")
         return losses[-1] / losses[0]
@@ -33,6 +38,7 @@ def validation_score(task: Task, folder: Path) -> float:
     return 1 - sum(result.validation.top1 for result in results) / len(results)
 
 
+@cache
 def seconds_per_step(task: Task, folder: Path) -> float:
     """The pace that a cell has measured."""
     if task == "subject":
@@ -61,10 +67,6 @@ def _report(folder: Path) -> FewShotReport:
     if report is None:
         raise InputError(f"{str(folder)!r} has no {FewShotReport.NAME}. Delete the folder to run the cell again.")
     return report
-
-
-def _heldout_losses(folder: Path) -> list[float]:
-    return [line.values["heldout_loss"] for line in RunRecord(folder).metrics() if "heldout_loss" in line.values]
 
 
 def _subject_values(folder: Path) -> dict[str, float]:

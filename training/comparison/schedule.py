@@ -73,7 +73,7 @@ class Schedule:
             for dataset in task.datasets:
                 cells = list(self._needed(task, variant, dataset))
                 needed.update(cells)
-                has_rates = any(cell.is_measured for cell in cells) or self.failures(task, variant)
+                has_rates = any(cell.is_measured for cell in cells) or self._failures(task, variant, dataset)
                 estimated += 0 if has_rates else task.measured_count
         return sum(self.ended(cell) is not None for cell in needed), max(len(needed) + estimated, 1)
 
@@ -102,24 +102,20 @@ class Schedule:
 
     def failures(self, task: ArenaTask, variant: MethodVariant) -> list[str]:
         """Why a variant has no result on a dataset, or not all: the reasons, each once."""
-        reasons = []
-        for dataset in task.datasets:
-            records = {cell: self.ended(cell) for cell in self._needed(task, variant, dataset)}
-            measured = [cell for cell in records if cell.is_measured]
-            # A learning rate whose training fails is a bad rate, unless all of them do.
-            failed = [cell for cell in measured or records if records[cell] is not None and records[cell].state == "failed"]
-            if None not in records.values() or measured:
-                reasons += [f"{cell.purpose} on {dataset}: {records[cell].reason}" for cell in failed]
-        return list(dict.fromkeys(reasons))
+        return list(dict.fromkeys(reason for dataset in task.datasets for reason in self._failures(task, variant, dataset)))
+
+    def _failures(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> list[str]:
+        records = {cell: self.ended(cell) for cell in self._needed(task, variant, dataset)}
+        measured = [cell for cell in records if cell.is_measured]
+        # A learning rate whose training fails is a bad rate, unless all of them do.
+        failed = [cell for cell in measured or records if records[cell] is not None and records[cell].state == "failed"]
+        if None in records.values() and not measured:
+            return []
+        return [f"{cell.purpose} on {dataset}: {records[cell].reason}" for cell in failed]
 
     def rates(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> list[float | None] | None:
         """The learning rate of each seed's split; None until all of them are chosen."""
-        if variant.is_baseline:
-            return [None] * len(self.seeds)
-        if variant.fixed_rate is not None:
-            return [variant.fixed_rate] * len(self.seeds)
-        chosen = [self._sweep(task, variant, dataset, seed)[0] for seed in self.seeds]
-        return None if None in chosen else chosen
+        return None if self.steps(task, variant, dataset) is None else self._sweeps(task, variant, dataset)[0]
 
     def _needed(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> Iterator[Cell]:
         """All cells of a variant that can be named now, those that have ended among them."""
@@ -127,12 +123,18 @@ class Schedule:
         if steps is None:
             yield task.pace_cell(variant, dataset)
             return
-        if not variant.is_baseline and variant.fixed_rate is None:
-            for seed in self.seeds:
-                yield from self._sweep(task, variant, dataset, seed)[1]
-        rates = self.rates(task, variant, dataset)
+        rates, cells = self._sweeps(task, variant, dataset)
+        yield from cells
         if rates is not None:
             yield from task.final_cells(variant, dataset, rates, steps)
+
+    def _sweeps(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> tuple[list[float | None] | None, list[Cell]]:
+        """The learning rate of each seed's split, None until all of them are chosen, and the cells of the sweeps."""
+        if variant.is_baseline or variant.fixed_rate is not None:
+            return [variant.fixed_rate] * len(self.seeds), []
+        swept = [self._sweep(task, variant, dataset, seed) for seed in self.seeds]
+        rates = [rate for rate, _ in swept]
+        return None if None in rates else rates, [cell for _, cells in swept for cell in cells]
 
     def _sweep(self, task: ArenaTask, variant: MethodVariant, dataset: str, seed: int) -> tuple[float | None, list[Cell]]:
         """The learning rate for a split, None if it is not known yet or every training failed, and the cells of the sweep."""

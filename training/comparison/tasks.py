@@ -16,7 +16,7 @@ from pipelines.run_options import Task
 from pipelines.subject.folder_scan import scan_folder
 from training.comparison.cells import Cell, cell_key, folder_digest, parsed
 from training.comparison.variants import RATE, MethodVariant
-from training.options.arena import DIGITS, ArenaOptions
+from training.options.arena import DIGITS, FEWEST_PHOTOS, ArenaOptions
 from training.runs.arena_files import Purpose
 
 # Steps of a cell that measures the pace.
@@ -84,9 +84,9 @@ class SubjectArena:
                 f"class_words must name folders in {options.data.subjects_dir!r}: {', '.join(folders)}; got {unknown[0]!r}."
             )
         for subject in scan.subjects:
-            if len(subject.images) < 3:
+            if len(subject.images) < FEWEST_PHOTOS:
                 raise InputError(
-                    f"A subject needs at least three photos: to train on, to choose a rate on and to test on. "
+                    "A subject needs at least three photos: to train on, to choose a rate on and to test on. "
                     f"{subject.path.name!r} has {len(subject.images)}. Add photos, or remove the folder."
                 )
         return cls(options, folders)

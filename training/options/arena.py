@@ -17,6 +17,8 @@ from training.options.command_line import parse_groups
 
 DIGITS, ALL = "digits", "all"
 DEFAULT_STEPS = 200
+# Photos of a subject: to train on, to choose a learning rate on and to test on.
+FEWEST_PHOTOS = 3
 
 
 @dataclass

@@ -20,11 +20,31 @@ State = Literal["running", "done", "failed"]
 
 
 @dataclass(frozen=True)
-class CellRecord(RunFile):
+class CellDescription:
+    """What a cell, one run of a recipe, is for.
+
+    Args:
+        dataset: the subject's name, or the labelled dataset's.
+        variant: the label of the method.
+        purpose: "pace" measures the seconds of a step, "sweep" chooses a learning rate, "final" is measured, and so is
+            "base-to-new", on classes that were not trained.
+        learning_rate: None for a method without one.
+        seed: None if the run has all seeds.
+    """
+
+    task: Task
+    dataset: str
+    variant: str
+    purpose: Purpose
+    learning_rate: float | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class CellRecord(CellDescription, RunFile):
     """How a cell was started and how it ended; the file is in the cell's run directory.
 
     Args:
-        task, dataset, variant, purpose, learning_rate, seed: of the cell, see `training.comparison.cells.Cell`.
         command: the words of the command.
         state: "running" until it has ended, then "done" or "failed".
         reason: why it failed.
@@ -34,12 +54,6 @@ class CellRecord(RunFile):
 
     NAME: ClassVar[str] = "cell.json"
 
-    task: Task
-    dataset: str
-    variant: str
-    purpose: Purpose
-    learning_rate: float | None
-    seed: int | None
     command: Sequence[str]
     state: State
     reason: str | None = None

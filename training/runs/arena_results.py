@@ -119,12 +119,14 @@ def by_dataset(summaries: Sequence[MeasureSummary], task: Task, shots: int | Non
     return datasets
 
 
-def quality_by_shots(summaries: Sequence[MeasureSummary], task: Task) -> dict[str, list[tuple[int, float]]]:
+def quality_by_shots(summaries: Sequence[MeasureSummary], task: Task) -> dict[str, list[tuple[int, Interval]]]:
     """The numbers of shots and the primary measure of each variant, the best one at the most shots first."""
-    curves = {one.variant: [] for one in ranked(summaries, task, largest_shots(summaries, task), PRIMARY[task])}
+    curves: dict[str, list[tuple[int, Interval]]] = {
+        one.variant: [] for one in ranked(summaries, task, largest_shots(summaries, task), PRIMARY[task])
+    }
     for shots in all_shots(summaries, task):
         for one in ranked(summaries, task, shots, PRIMARY[task]):
-            curves.setdefault(one.variant, []).append((shots, one.interval.value))
+            curves.setdefault(one.variant, []).append((shots, one.interval))
     return curves
 
 

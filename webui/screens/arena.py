@@ -117,9 +117,11 @@ def by_parameters(report: ArenaReport, task: Task, shots: int | None) -> Chart:
 def by_shots(report: ArenaReport, task: Task, shots: Sequence[int]) -> Chart:
     """The primary measure of each method by the number of training images per class."""
     measure, values = measure_named(task, PRIMARY[task]), quality_by_shots(report.summaries, task)
-    y, y_ticks = quality_axis(measure, [value for curve in values.values() for _, value in curve])
+    y, y_ticks = quality_axis(measure, [one.value for curve in values.values() for _, one in curve])
     x = scale(shots, math.log2)
-    lines = [(f"rank-{rank}", [(x(count), y(value)) for count, value in curve]) for rank, curve in enumerate(values.values(), 1)]
+    lines = [
+        (f"rank-{rank}", [(x(count), y(one.value)) for count, one in curve]) for rank, curve in enumerate(values.values(), 1)
+    ]
     # Spread over the shots, so that they do not hide each other.
     marks = [(css, *points[-1 - index % len(points)]) for index, (css, points) in enumerate(lines)]
     return Chart(
