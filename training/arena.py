@@ -40,16 +40,15 @@ from pipelines.run_file import ResolvedOptions
 from pipelines.run_options import Task
 from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
 from training.comparison.blind import write_sheets
-from training.comparison.cells import Cell
 from training.comparison.figures import write_figures
-from training.comparison.measures import observations_of
 from training.comparison.report import write_document, write_report
+from training.comparison.results import CellResults, result_of
 from training.comparison.schedule import Schedule
 from training.comparison.tasks import ArenaTask, FewShotArena, SubjectArena, check_flags
 from training.comparison.variants import variants_of
 from training.comparison.verdict import verdict_of
 from training.comparison.workers import Workers, workers_of
-from training.runs.arena_files import MARKDOWN, ArenaReport, CellRecord
+from training.runs.arena_files import MARKDOWN, ArenaReport, CellResult
 from training.runs.run import RunDirectory
 from training.runs.run_files import FITTING, REPORTING
 
@@ -72,6 +71,7 @@ def main(options: ArenaOptions) -> RunDirectory | None:
     run = RunDirectory(Path(options.output.output_dir).resolve())
     with locked(run.path), run.recording():
         ResolvedOptions(options.to_dict()).write(run.path)
+        schedule.results.write()
         if not options.output.report_only:
             with workers_of(options.output) as workers:
                 run_cells(run, schedule, workers, options)
@@ -97,8 +97,10 @@ def schedule_of(options: ArenaOptions) -> Schedule:
     check_flags(options)
     tasks: list[ArenaTask] = [task for task in (SubjectArena.create(options), FewShotArena.create(options)) if task is not None]
     variants = variants_of(options.method.methods)
-    arena = Path(options.output.output_dir).resolve()
-    return Schedule(arena, tasks, variants, options.method, options.data.seeds, options.output.retry_failed)
+    results = CellResults(
+        Path(options.output.output_dir).resolve(), list(map(Path, options.output.results)), options.output.retry_failed
+    )
+    return Schedule(results, tasks, variants, options.method, options.data.seeds)
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def run_cells(run: RunDirectory, schedule: Schedule, workers: Workers, options: 
     while True:
         waiting = [cell for cell in schedule.pending() if cell not in running.values()]
         for cell in waiting[: workers.count - len(running)]:
-            running[workers.submit(cell.folder(run.path), schedule.new_record(cell))] = cell
+            running[workers.submit(cell.folder(run.path), cell.record_to_start(run.path))] = cell
         ended, planned = schedule.progress()
         pace = (time.monotonic() - began) / (ended - ended_before) if ended > ended_before else None
         left = None if pace is None else pace * (planned - ended)
@@ -132,27 +134,29 @@ def run_cells(run: RunDirectory, schedule: Schedule, workers: Workers, options: 
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            log_end(running.pop(future), future.result(), ended + 1, planned)
+            cell = running.pop(future)
+            result = result_of(cell, future.result(), run.path)
+            schedule.results.add(result)
+            log_end(result, ended + 1, planned)
         if time.monotonic() - reported > REPORT_SECONDS:
             write(report_of(schedule, options), run.path)
             reported = time.monotonic()
 
 
-def log_end(cell: Cell, record: CellRecord, ended: int, planned: int) -> None:
+def log_end(result: CellResult, ended: int, planned: int) -> None:
     """Log how a cell has ended."""
-    rate = "" if cell.learning_rate is None else f", rate {cell.learning_rate:.3g}"
-    seed = "" if cell.seed is None else f", seed {cell.seed}"
-    name = f"{cell.variant} on {cell.dataset}, {cell.purpose}{rate}{seed}"
-    if record.state == "failed":
-        logger.warning(f"{ended}/{planned}: {name}: {record.reason}")
+    rate = "" if result.learning_rate is None else f", rate {result.learning_rate:.3g}"
+    seed = "" if result.seed is None else f", seed {result.seed}"
+    name = f"{result.variant} on {result.dataset}, {result.purpose}{rate}{seed}"
+    if result.state == "failed":
+        logger.warning(f"{ended}/{planned}: {name}: {result.reason}")
     else:
-        logger.info(f"{ended}/{planned}: {name}: {record.state}")
+        logger.info(f"{ended}/{planned}: {name}: {result.state}")
 
 
 def report_of(schedule: Schedule, options: ArenaOptions) -> ArenaReport:
     """The report of all cells that have ended."""
-    cells = [cell for pair in schedule.pairs() for cell in schedule.measured_cells(*pair)]
-    observations = merged([one for cell in cells for one in observations_of(cell, schedule.arena)])
+    observations = merged(schedule.observations())
     labels = [variant.label for variant in schedule.variants]
     observations = with_seconds_to_quality(observations, REFERENCE if REFERENCE in labels else labels[0])
     report = ArenaReport(

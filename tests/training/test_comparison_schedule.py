@@ -1,6 +1,6 @@
 """The schedule of an arena: what can run when, what is never run again, and which data a learning rate is chosen on."""
 
-import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,11 +8,12 @@ from pipelines.errors import InputError
 from pipelines.images import Image
 from training.comparison.cells import Cell
 from training.comparison.rates import MAX_EXTENSIONS
+from training.comparison.results import CellResults, read_results
 from training.comparison.schedule import Schedule
 from training.comparison.tasks import FewShotArena, SubjectArena, check_flags
 from training.comparison.variants import MethodVariant, variants_of
 from training.options.arena import ArenaOptions, parse_arena_options
-from training.runs.arena_files import CellRecord
+from training.runs.arena_files import RESULTS, CellResult, Observation
 
 PHOTOS = ["a.png", "b.png", "c.png", "d.png", "e.png"]
 
@@ -31,23 +32,13 @@ def options_of(*flags) -> ArenaOptions:
     return parse_arena_options([*map(str, flags)])
 
 
-def schedule_of(arena, tasks, options):
-    return Schedule(arena, tasks, variants_of(options.method.methods), options.method, options.data.seeds)
+def schedule_of(arena, tasks, options, **more):
+    return Schedule(CellResults(arena, **more), tasks, variants_of(options.method.methods), options.method, options.data.seeds)
 
 
-def end(schedule, cell, state="done", reason=None):
-    """Record that a cell has ended."""
-    folder = cell.folder(schedule.arena)
-    folder.mkdir(parents=True)
-    values = vars(schedule.new_record(cell)) | {"state": state, "reason": reason}
-    CellRecord(**values).write(folder)
-
-
-def end_subject(schedule, cell, loss):
-    """Record that a cell of a subject has ended with a held-out loss."""
-    end(schedule, cell)
-    lines = [{"step": step, "time": step, "heldout_loss": value} for step, value in enumerate((1.0, loss))]
-    (cell.folder(schedule.arena) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def end(schedule, cell, score=None, **more):
+    """Add the result of a cell that has ended."""
+    schedule.results.add(CellResult(**cell.description(), key=cell.key, score=score, **{"state": "done", **more}))
 
 
 def flags_of(cell: Cell):
@@ -74,7 +65,7 @@ def test_a_cell_that_chooses_the_rate_of_several_subjects_counts_once(subjects, 
     options = options_of("--subjects_dir", subjects, "--methods", "lora", "--seeds", 0, 1)
     schedule = schedule_of(tmp_path / "arena", [SubjectArena.create(options)], options)
     sweep = schedule.pending()
-    end_subject(schedule, sweep[0], 0.5)
+    end(schedule, sweep[0], 0.5)
     assert schedule.progress() == (1, len(sweep) + 3 * 2)
 
 
@@ -87,7 +78,7 @@ def test_the_rate_of_a_subject_is_chosen_on_the_other_subjects(subjects, tmp_pat
     default = task.default_rate(variant)
     best = {"bear": default, "candle": default, "robot": 3 * default}
     for cell in schedule.pending():
-        end_subject(
+        end(
             schedule,
             cell,
             0.1
@@ -119,11 +110,11 @@ def test_an_end_of_the_sweep_that_is_best_is_extended(subjects, tmp_path):
     while {cell.purpose for cell in schedule.pending()} == {"sweep"}:
         rounds += 1
         for cell in schedule.pending():
-            end_subject(schedule, cell, 1 / (1 + cell.learning_rate))
+            end(schedule, cell, 1 / (1 + cell.learning_rate))
     assert rounds == 1 + MAX_EXTENSIONS
     (final,) = schedule.pending()
-    tried = [cell.learning_rate for cell in schedule._ended]
-    assert final.learning_rate == max(tried)
+    tried = [one.learning_rate for one in read_results(tmp_path / "arena" / RESULTS)]
+    assert final.learning_rate == pytest.approx(max(tried))
 
 
 def test_what_has_ended_is_never_pending_again(subjects, tmp_path):
@@ -131,7 +122,7 @@ def test_what_has_ended_is_never_pending_again(subjects, tmp_path):
     task = SubjectArena.create(options)
     schedule = schedule_of(tmp_path / "arena", [task], options)
     first, second = schedule.pending()
-    end_subject(schedule, first, 0.5)
+    end(schedule, first, 0.5)
     assert schedule.pending() == [second]
     assert schedule_of(tmp_path / "arena", [task], options).pending() == [second]
 
@@ -141,12 +132,49 @@ def test_a_failed_method_has_its_reason_and_runs_again_on_request_alone(subjects
     task = SubjectArena.create(options)
     schedule = schedule_of(tmp_path / "arena", [task], options)
     (cell,) = schedule.pending()
-    end(schedule, cell, "failed", "error: no memory")
+    end(schedule, cell, state="failed", reason="error: no memory")
     assert not schedule.pending()
     assert schedule.failures(task, schedule.variants[0]) == ["final on bear: error: no memory"]
-    again = Schedule(tmp_path / "arena", [task], schedule.variants, options.method, options.data.seeds, retry_failed=True)
-    assert again.pending() == [cell]
-    assert again.new_record(cell).attempts == 0
+    assert not schedule_of(tmp_path / "arena", [task], options).pending()
+    assert schedule_of(tmp_path / "arena", [task], options, retry_failed=True).pending() == [cell]
+
+
+def test_a_failed_cell_starts_with_new_attempts_and_a_stopped_one_with_its_record(subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora:learning_rate=0.001", "--seeds", 0)
+    (cell,) = schedule_of(tmp_path, [SubjectArena.create(options)], options).pending()
+    first = cell.record_to_start(tmp_path)
+    cell.folder(tmp_path).mkdir(parents=True)
+    for state, attempts in (("running", 2), ("failed", 0)):
+        replace(first, state=state, attempts=2).write(cell.folder(tmp_path))
+        assert cell.record_to_start(tmp_path).attempts == attempts
+
+
+def test_results_of_another_arena_are_taken_over_under_its_own_names(subjects, tmp_path):
+    """The same photos in a folder of another name, and the same method with its default written out."""
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora:learning_rate=0.001", "--seeds", 0)
+    first = schedule_of(tmp_path / "first", [SubjectArena.create(options)], options)
+    (cell,) = first.pending()
+    measured = Observation("subject", "bear", "lora:learning_rate=0.001", None, 0, {"heldout_loss": 0.123456789}, "cells/x")
+    end(first, cell, observations=(measured,))
+    (subjects / "bear").rename(subjects / "teddy")
+    flags = ["--subjects_dir", subjects / "teddy", "--methods", "lora:learning_rate=0.001,rank=4", "--class_words", "teddy=bear"]
+    options = options_of(*flags, "--seeds", 0, 1)
+    others = [tmp_path / "first" / RESULTS]
+    second = schedule_of(tmp_path / "second", [SubjectArena.create(options)], options, others=others)
+    assert [one.seed for one in second.pending()] == [1]
+    (observation,) = second.observations()
+    assert (observation.dataset, observation.variant) == ("teddy", "lora:learning_rate=0.001,rank=4")
+    assert observation.values == {"heldout_loss": 0.123457}
+    second.results.write()
+    assert len(read_results(tmp_path / "second" / RESULTS)) == 1
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is no file"), ("{}", "lacks 'task'"), ("[1", "cannot be read")])
+def test_a_file_that_has_no_results_is_refused(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / RESULTS).write_text(content)
+    with pytest.raises(InputError, match=message):
+        CellResults(tmp_path / "arena", [tmp_path / RESULTS])
 
 
 def test_a_method_whose_every_rate_fails_is_a_row_with_its_reason(subjects, tmp_path):
@@ -154,7 +182,7 @@ def test_a_method_whose_every_rate_fails_is_a_row_with_its_reason(subjects, tmp_
     task = SubjectArena.create(options)
     schedule = schedule_of(tmp_path / "arena", [task], options)
     while schedule.pending():
-        end(schedule, schedule.pending()[0], "failed", "loss is not finite")
+        end(schedule, schedule.pending()[0], state="failed", reason="loss is not finite")
     assert schedule.failures(task, schedule.variants[0]) == ["sweep on bear: loss is not finite"]
 
 
@@ -165,18 +193,7 @@ def test_a_budget_of_seconds_is_turned_into_steps_by_the_measured_pace(subjects,
     schedule = schedule_of(tmp_path / "arena", [SubjectArena.create(options)], options)
     (pace,) = schedule.pending()
     assert pace.purpose == "pace"
-    end(schedule, pace)
-    content = {
-        "num_trainable_parameters": 1,
-        "seconds_per_step": 0.25,
-        "seconds": 1,
-        "peak_memory": 1,
-        "checkpoint": 1,
-        "disk": 1,
-        "disk_free": 1,
-        "memory_limit": None,
-    }
-    (pace.folder(schedule.arena) / "dry_run.json").write_text(json.dumps({"version": 2, **content}))
+    end(schedule, pace, seconds_per_step=0.25)
     (final,) = schedule.pending()
     assert flags_of(final)["max_train_steps"] == "120"
 

@@ -52,15 +52,17 @@ class Cell(CellDescription):
         name = f"{self.purpose}{rate}{seed}-{self.key[:10]}"
         return arena / CELLS / self.task / file_name(self.dataset) / file_name(self.variant) / name
 
-    def record(self, arena: Path) -> CellRecord | None:
-        """Its record; None if it was never started."""
-        return CellRecord.read(self.folder(arena))
+    def description(self) -> dict[str, Any]:
+        """What it is for, by the names of the fields of `CellDescription`."""
+        return {each.name: getattr(self, each.name) for each in fields(CellDescription)}
 
-    def new_record(self, arena: Path) -> CellRecord:
-        """The record of a cell that is started for the first time."""
-        values = {each.name: getattr(self, each.name) for each in fields(CellDescription)}
+    def record_to_start(self, arena: Path) -> CellRecord:
+        """The record with which it is started: its earlier one if it was stopped, and a new one otherwise."""
+        record = CellRecord.read(self.folder(arena))
+        if record is not None and record.state != "failed":
+            return record
         command = recipe_command(RECIPES[self.task], [*self.flags, "--output_dir", str(self.folder(arena))])
-        return CellRecord(**values, command=command, state="running")
+        return CellRecord(**self.description(), command=command, state="running")
 
 
 def file_name(text: str) -> str:

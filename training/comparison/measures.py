@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -20,12 +19,9 @@ from training.subject.measured import measured_curve
 MB = 1e6
 
 
-@cache
 def validation_score(task: Task, folder: Path) -> float:
     """The score by which a learning rate is chosen, lower is better: the validation loss relative to the base model's, or the
     share of validation images that are classified wrongly.
-
-    The score of a finished run does not change, and a schedule asks for it whenever another cell has ended.
 
     Raises: InputError if the run in `folder` has no validation.
     """
@@ -38,7 +34,6 @@ def validation_score(task: Task, folder: Path) -> float:
     return 1 - sum(result.validation.top1 for result in results) / len(results)
 
 
-@cache
 def seconds_per_step(task: Task, folder: Path) -> float:
     """The pace that a cell has measured."""
     if task == "subject":

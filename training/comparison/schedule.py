@@ -4,44 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from pipelines.errors import InputError
 from pipelines.run_options import Task
 from training.comparison.cells import Cell
-from training.comparison.measures import seconds_per_step, validation_score
 from training.comparison.rates import choose_rate
+from training.comparison.results import CellResults
 from training.comparison.tasks import ArenaTask
 from training.comparison.variants import MethodVariant
 from training.options.arena import ArenaMethodOptions
-from training.runs.arena_files import CellRecord
+from training.runs.arena_files import Observation
 
 
 @dataclass
 class Schedule:
-    """The cells of an arena. Nothing is stored beside the records of the cells: an arena that was stopped goes on from them.
+    """The cells of an arena. Nothing is stored beside their results: an arena that was stopped goes on from them.
 
     Args:
-        arena: the directory.
+        results: of the cells that have ended.
         tasks: with their data.
         variants: of the methods.
         options: the budget and the sweep.
         seeds: of the splits.
-        retry_failed: whether cells that failed before this process are run again.
         refused: why the recipe does not take the options of a variant, by task and label.
     """
 
-    arena: Path
+    results: CellResults
     tasks: Sequence[ArenaTask]
     variants: Sequence[MethodVariant]
     options: ArenaMethodOptions
     seeds: Sequence[int]
-    retry_failed: bool = False
     refused: dict[tuple[Task, str], str] = field(default_factory=dict)
-    _ended: dict[Cell, CellRecord] = field(default_factory=dict)
-    _retried: set[Cell] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for task, variant in self._all_pairs():
@@ -60,10 +55,12 @@ class Schedule:
 
     def pending(self) -> list[Cell]:
         """The cells that can run now, those of one variant after those of another."""
-        cells = (
-            cell for task, variant in self.pairs() for dataset in task.datasets for cell in self._needed(task, variant, dataset)
-        )
-        return [cell for cell in dict.fromkeys(cells) if self.ended(cell) is None]
+        return [cell for cell in dict.fromkeys(self._cells()) if self.results.of(cell) is None]
+
+    def _cells(self) -> Iterator[Cell]:
+        for task, variant in self.pairs():
+            for dataset in task.datasets:
+                yield from self._needed(task, variant, dataset)
 
     def progress(self) -> tuple[int, int]:
         """How many cells have ended, and how many there are; those whose learning rate is not chosen yet are estimated."""
@@ -75,43 +72,31 @@ class Schedule:
                 needed.update(cells)
                 has_rates = any(cell.is_measured for cell in cells) or self._failures(task, variant, dataset)
                 estimated += 0 if has_rates else task.measured_count
-        return sum(self.ended(cell) is not None for cell in needed), max(len(needed) + estimated, 1)
+        return sum(self.results.of(cell) is not None for cell in needed), max(len(needed) + estimated, 1)
 
-    def ended(self, cell: Cell) -> CellRecord | None:
-        """The record of a cell that has ended; None if it has not, or is to be run again."""
-        if cell not in self._ended:
-            record = cell.record(self.arena)
-            if record is None or record.state == "running" or (record.state == "failed" and self._is_to_retry(cell)):
-                return None
-            self._ended[cell] = record
-        return self._ended[cell]
-
-    def _is_to_retry(self, cell: Cell) -> bool:
-        return self.retry_failed and cell not in self._retried
-
-    def new_record(self, cell: Cell) -> CellRecord:
-        """The record with which a cell is started; the attempts of a failed one do not count."""
-        record = cell.record(self.arena)
-        self._retried.add(cell)
-        return cell.new_record(self.arena) if record is None or record.state == "failed" else record
-
-    def measured_cells(self, task: ArenaTask, variant: MethodVariant) -> list[Cell]:
-        """The cells of the report that have ended well."""
-        cells = (cell for dataset in task.datasets for cell in self._needed(task, variant, dataset) if cell.is_measured)
-        return [cell for cell in cells if (record := self.ended(cell)) is not None and record.state == "done"]
+    def observations(self) -> list[Observation]:
+        """What all cells that have ended have measured."""
+        results = {cell: self.results.of(cell) for cell in self._cells() if cell.is_measured}
+        # A result of another arena may have other names for the same data and options.
+        return [
+            replace(one, dataset=cell.dataset, variant=cell.variant)
+            for cell, result in results.items()
+            if result is not None
+            for one in result.observations
+        ]
 
     def failures(self, task: ArenaTask, variant: MethodVariant) -> list[str]:
         """Why a variant has no result on a dataset, or not all: the reasons, each once."""
         return list(dict.fromkeys(reason for dataset in task.datasets for reason in self._failures(task, variant, dataset)))
 
     def _failures(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> list[str]:
-        records = {cell: self.ended(cell) for cell in self._needed(task, variant, dataset)}
-        measured = [cell for cell in records if cell.is_measured]
+        results = {cell: self.results.of(cell) for cell in self._needed(task, variant, dataset)}
+        measured = [cell for cell in results if cell.is_measured]
         # A learning rate whose training fails is a bad rate, unless all of them do.
-        failed = [cell for cell in measured or records if records[cell] is not None and records[cell].state == "failed"]
-        if None in records.values() and not measured:
+        failed = [cell for cell in measured or results if results[cell] is not None and results[cell].state == "failed"]
+        if None in results.values() and not measured:
             return []
-        return [f"{cell.purpose} on {dataset}: {records[cell].reason}" for cell in failed]
+        return [f"{cell.purpose} on {dataset}: {results[cell].reason}" for cell in failed]
 
     def rates(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> list[float | None] | None:
         """The learning rate of each seed's split; None until all of them are chosen."""
@@ -151,12 +136,10 @@ class Schedule:
 
     def _score(self, cells: Sequence[Cell]) -> float | None:
         """The mean validation score, infinite if a cell failed; None until all have ended."""
-        records = [self.ended(cell) for cell in cells]
-        if None in records:
+        results = [self.results.of(cell) for cell in cells]
+        if None in results:
             return None
-        if any(record.state == "failed" for record in records):
-            return math.inf
-        return fmean(validation_score(cell.task, cell.folder(self.arena)) for cell in cells)
+        return math.inf if any(result.state == "failed" for result in results) else fmean(result.score for result in results)
 
     def steps(self, task: ArenaTask, variant: MethodVariant, dataset: str) -> int | None:
         """Steps of each training; None until the pace of a budget of seconds is measured."""
@@ -164,8 +147,7 @@ class Schedule:
             return self.options.max_train_steps
         if variant.is_baseline:
             return 1
-        cell = task.pace_cell(variant, dataset)
-        record = self.ended(cell)
-        if record is None or record.state == "failed":
+        result = self.results.of(task.pace_cell(variant, dataset))
+        if result is None or result.state == "failed":
             return None
-        return max(1, round(self.options.max_train_seconds / seconds_per_step(cell.task, cell.folder(self.arena))))
+        return max(1, round(self.options.max_train_seconds / result.seconds_per_step))

@@ -163,6 +163,10 @@ class ArenaOutputOptions:
     )
     cpus_per_cell: float = field(default=1.0, metadata={"help": "CPU cores that Ray reserves for a cell."})
     gpus_per_cell: float = field(default=0.0, metadata={"help": "GPUs that Ray reserves for a cell."})
+    results: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files of results of other arenas (their results.jsonl). Cells with a result there are not run again."},
+    )
     retry_failed: bool = field(default=False, metadata={"help": "Run cells again that have failed before."})
     write: str | None = field(
         default=None,

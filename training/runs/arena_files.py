@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipelines.fewshot.metric_values import Interval
-from pipelines.run_file import RunFile
+from pipelines.errors import InputError
+from pipelines.run_file import RunFile, fields_of
 from pipelines.run_options import Task
 
 CELLS = "cells"
+# One line for each cell that has ended.
+RESULTS = "results.jsonl"
 # The report for people, and the values that it is made of.
 MARKDOWN, OBSERVATIONS = "README.md", "observations.csv"
 # The folder of sheets that are judged without knowing the methods; the methods of the letters, and the ratings.
@@ -83,6 +87,51 @@ class Observation:
     values: Mapping[str, float]
     cell: str
     curve: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class CellResult(CellDescription):
+    """How a cell ended and what it measured: a line of results.jsonl.
+
+    Args:
+        key: of the cell, a hash of everything that the result depends on.
+        state: "done" or "failed".
+        reason: why it failed.
+        score: by which its learning rate is compared, lower is better; None unless its purpose is "sweep".
+        seconds_per_step: None unless its purpose is "pace".
+        observations: empty unless it is measured.
+    """
+
+    key: str
+    state: State
+    reason: str | None = None
+    score: float | None = None
+    seconds_per_step: float | None = None
+    observations: Sequence[Observation] = ()
+
+    def line(self) -> str:
+        """The line with its line break; floats have six significant digits."""
+        return json.dumps(_rounded(asdict(self))) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> CellResult:
+        """Read a line.
+
+        Raises: InputError if it is not a result.
+        """
+        try:
+            values = fields_of(cls, json.loads(line), RESULTS)
+            return cls(**values | {"observations": tuple(Observation(**one) for one in values.get("observations", ()))})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{RESULTS} has a line that cannot be read: {line.strip()[:80]!r} ({error}).") from error
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)

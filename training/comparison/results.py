@@ -1,0 +1,73 @@
+"""The results of the cells that have ended: those of an arena, and those that it takes over from others."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.errors import InputError
+from pipelines.text_files import read_text, write_text_atomically
+from training.comparison.cells import Cell
+from training.comparison.measures import observations_of, seconds_per_step, validation_score
+from training.runs.arena_files import RESULTS, CellRecord, CellResult
+from training.runs.run_files import CHECKPOINTS
+
+
+class CellResults:
+    """The results of the cells of an arena, by their keys. They are in one file, which another arena can take over.
+
+    Args:
+        arena: its directory.
+        others: files of results of other arenas. The arena's own results come before theirs.
+        retry_failed: whether cells that have failed are to be run again.
+    Raises: InputError if a file cannot be read.
+    """
+
+    def __init__(self, arena: Path, others: Sequence[Path] = (), retry_failed: bool = False) -> None:
+        self._arena = arena
+        own = [arena / RESULTS] if (arena / RESULTS).exists() else []
+        results = [result for path in (*others, *own) for result in read_results(path)]
+        self._by_key = {one.key: one for one in results if not (retry_failed and one.state == "failed")}
+
+    def of(self, cell: Cell) -> CellResult | None:
+        """The result of `cell`; None if it has not ended, or is to be run again."""
+        return self._by_key.get(cell.key)
+
+    def add(self, result: CellResult) -> None:
+        """Add the result of a cell that has ended, and write the file."""
+        self._by_key[result.key] = result
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self._arena.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self._arena / RESULTS, "".join(result.line() for result in self._by_key.values()))
+
+
+def read_results(path: Path) -> list[CellResult]:
+    """The results in a file.
+
+    Raises: InputError if it is missing or cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(f"results must be files named {RESULTS} of other arenas, but {str(path)!r} is no file. Check the path.")
+    return [CellResult.from_line(line) for line in read_text(path).splitlines()]
+
+
+def result_of(cell: Cell, record: CellRecord, arena: Path) -> CellResult:
+    """What a cell that has ended has measured. The checkpoints that it could have been resumed from are deleted.
+
+    Raises: InputError if its run directory lacks what it measures.
+    """
+    folder = cell.folder(arena)
+    measured: dict = {}
+    if record.state == "done" and cell.purpose == "pace":
+        measured["seconds_per_step"] = seconds_per_step(cell.task, folder)
+    elif record.state == "done" and cell.purpose == "sweep":
+        measured["score"] = validation_score(cell.task, folder)
+    elif record.state == "done":
+        measured["observations"] = tuple(observations_of(cell, arena))
+    for checkpoints in list(folder.rglob(CHECKPOINTS)):
+        shutil.rmtree(checkpoints)
+    return CellResult(**cell.description(), key=cell.key, state=record.state, reason=record.reason, **measured)
