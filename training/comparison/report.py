@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pipelines.fewshot.layouts import counted
 from pipelines.run_options import Task
 from pipelines.tables import harmless, markdown_table, replace_parts
 from pipelines.text_files import write_text_atomically
@@ -99,8 +100,8 @@ def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterato
     for number in shots:
         yield ""
         yield from _means(report, task, number)
-    yield ""
-    yield from _by_dataset(report, task, shots[-1])
+        yield ""
+        yield from _by_dataset(report, task, number)
     yield ""
     yield from _tests(report, task, shots[-1])
     for figure in figures:
@@ -114,7 +115,7 @@ def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
     """Every measure of every variant, the mean over all datasets and seeds; the best variant first."""
     measures = measures_at(report.summaries, task, shots)
     if shots is not None:
-        yield f"{shots} {'shot' if shots == 1 else 'shots'}:"
+        yield f"{counted(shots, 'shot')}:"
         yield ""
     order = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
     rows = ([variant_title(variant), *(_mean(report, task, shots, one, variant) for one in measures)] for variant in order)
@@ -135,7 +136,8 @@ def _by_dataset(report: ArenaReport, task: Task, shots: int | None) -> Iterator[
     texts = [{variant: measure.with_interval(one) for variant, one in of_dataset.items()} for of_dataset in values.values()]
     order = [one.variant for one in ranked(report.summaries, task, shots, measure.name)]
     rows = [[variant_title(variant), *(of_dataset.get(variant, "") for of_dataset in texts)] for variant in order]
-    yield f"{measure.title} on each dataset, with the interval over its seeds:"
+    at = "" if shots is None else f" at {counted(shots, 'shot')}"
+    yield f"{measure.title.capitalize()}{at} on each dataset, with the interval over its seeds:"
     yield ""
     yield markdown_table(["method", *values], rows)
 

@@ -26,8 +26,8 @@ class CellResults:
 
     def __init__(self, arena: Path, others: Sequence[Path] = (), retry_failed: bool = False) -> None:
         self._arena = arena
-        own = [arena / RESULTS] if (arena / RESULTS).exists() else []
-        results = [result for path in (*others, *own) for result in read_results(path)]
+        written = [arena / RESULTS] if (arena / RESULTS).exists() else []
+        results = [result for path in (*others, *written) for result in read_results(path)]
         self._by_key = {one.key: one for one in results if not (retry_failed and one.state == "failed")}
 
     def of(self, cell: Cell) -> CellResult | None:

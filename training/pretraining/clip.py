@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from open_clip import CLIP
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
@@ -157,6 +158,7 @@ def train_clip(options: PretrainOptions, corpus: Corpus) -> None:
     optimizer = torch.optim.AdamW(decayed_groups(loss, 0.05), lr=options.clip_learning_rate, betas=(0.9, 0.98))
 
     def score(step: int) -> float:
+        set_normalisation(loss.model, options, data)
         accuracy = held_out_accuracy(loss.model.eval(), data.held_out, data.held_out_labels, loss.names)
         logger.info(f"step {step}: {accuracy:.1%} of the held-out photographs")
         run.log(step, held_out=accuracy)
@@ -167,6 +169,15 @@ def train_clip(options: PretrainOptions, corpus: Corpus) -> None:
     trainable = Trainable(loss, ClipBatches(options, data), optimizer, schedule)
     with run.recording():
         train_here(options, run, trainable, loop, [Periodic(options.score_steps, score)])
+
+
+def set_normalisation(model: CLIP, options: PretrainOptions, data: ClipData) -> None:
+    """Measure the batch statistics of the image tower on training images without augmentation.
+
+    Those that training leaves are of images with CutMix: the accuracy on other images is eight points lower with them.
+    """
+    sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
+    estimate_normalisation(model.visual, [sampler.draw(index, options.clip_batch_size)[0] for index in range(40)])
 
 
 @torch.no_grad()
@@ -189,8 +200,7 @@ def trained_clip(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
     """The model of the newest checkpoint, with batch statistics of training images."""
     loss = new_loss(options, data)
     load_checkpoint(list_checkpoints(Path(options.output_dir) / "clip" / CHECKPOINTS)[-1], loss)
-    sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
-    estimate_normalisation(loss.model.visual, [sampler.draw(index, options.clip_batch_size)[0] for index in range(40)])
+    set_normalisation(loss.model, options, data)
     return loss
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pipelines.fewshot.metric_values import Interval
 from pipelines.errors import InputError
+from pipelines.fewshot.metric_values import Interval
 from pipelines.run_file import RunFile, fields_of
 from pipelines.run_options import Task
 
