@@ -1,6 +1,7 @@
 """The schedule of an arena: what can run when, what is never run again, and which data a learning rate is chosen on."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -167,6 +168,11 @@ def test_results_of_another_arena_are_taken_over_under_its_own_names(subjects, t
     assert observation.values == {"heldout_loss": 0.123457}
     second.results.write()
     assert len(read_results(tmp_path / "second" / RESULTS)) == 1
+
+
+def test_the_results_in_benchmarks_can_be_taken_over():
+    for path in (Path(__file__).parents[2] / "benchmarks" / "results").iterdir():
+        assert {one.state for one in read_results(path)} <= {"done", "failed"}
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "is no file"), ("{}", "lacks 'task'"), ("[1", "cannot be read")])
