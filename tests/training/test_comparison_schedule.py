@@ -1,5 +1,6 @@
 """The schedule of an arena: what can run when, what is never run again, and which data a learning rate is chosen on."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pipelines.errors import InputError
 from pipelines.images import Image
 from training.comparison.cells import Cell
 from training.comparison.rates import MAX_EXTENSIONS
-from training.comparison.results import CellResults, read_results
+from training.comparison.results import CellResults, read_results, result_of
 from training.comparison.schedule import Schedule
 from training.comparison.tasks import FewShotArena, SubjectArena, check_flags
 from training.comparison.variants import MethodVariant, variants_of
@@ -168,6 +169,18 @@ def test_results_of_another_arena_are_taken_over_under_its_own_names(subjects, t
     assert observation.values == {"heldout_loss": 0.123457}
     second.results.write()
     assert len(read_results(tmp_path / "second" / RESULTS)) == 1
+
+
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_a_cell_that_failed_keeps_the_checkpoints_that_it_can_be_resumed_from(state, subjects, tmp_path):
+    options = options_of("--subjects_dir", subjects / "bear", "--methods", "lora", "--seeds", 0)
+    cell, *_ = schedule_of(tmp_path, [SubjectArena.create(options)], options).pending()
+    (cell.folder(tmp_path) / "checkpoints" / "step-000001").mkdir(parents=True)
+    lines = [json.dumps({"step": step, "heldout_loss": loss}) for step, loss in ((0, 0.8), (9, 0.6))]
+    (cell.folder(tmp_path) / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    result = result_of(cell, replace(cell.record_to_start(tmp_path), state=state), tmp_path)
+    assert result.score == (pytest.approx(0.75) if state == "done" else None)
+    assert (cell.folder(tmp_path) / "checkpoints").exists() == (state == "failed")
 
 
 def test_the_results_in_benchmarks_can_be_taken_over():

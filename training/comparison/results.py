@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.text_files import read_text, write_text_atomically
@@ -35,14 +36,14 @@ class CellResults:
         return self._by_key.get(cell.key)
 
     def add(self, result: CellResult) -> None:
-        """Add the result of a cell that has ended, and write the file."""
-        self._by_key[result.key] = result
+        """Add the result of a cell that has ended as it is read from the file, and write the file."""
+        self._by_key[result.key] = CellResult.from_line(result.line)
         self.write()
 
     def write(self) -> None:
         """Write the file."""
         self._arena.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self._arena / RESULTS, "".join(result.line() for result in self._by_key.values()))
+        write_text_atomically(self._arena / RESULTS, "".join(result.line for result in self._by_key.values()))
 
 
 def read_results(path: Path) -> list[CellResult]:
@@ -51,23 +52,29 @@ def read_results(path: Path) -> list[CellResult]:
     Raises: InputError if it is missing or cannot be read.
     """
     if not path.is_file():
-        raise InputError(f"results must be files named {RESULTS} of other arenas, but {str(path)!r} is no file. Check the path.")
-    return [CellResult.from_line(line) for line in read_text(path).splitlines()]
+        raise InputError(
+            f"results must name files such as the {RESULTS} of an arena, but {str(path)!r} is no file. Check the path."
+        )
+    return [CellResult.from_line(line, str(path)) for line in read_text(path).splitlines()]
 
 
 def result_of(cell: Cell, record: CellRecord, arena: Path) -> CellResult:
-    """What a cell that has ended has measured. The checkpoints that it could have been resumed from are deleted.
+    """The result of a cell that has ended. The checkpoints of one that has ended well are deleted: it is never resumed.
 
     Raises: InputError if its run directory lacks what it measures.
     """
-    folder = cell.folder(arena)
-    measured: dict = {}
-    if record.state == "done" and cell.purpose == "pace":
-        measured["seconds_per_step"] = seconds_per_step(cell.task, folder)
-    elif record.state == "done" and cell.purpose == "sweep":
-        measured["score"] = validation_score(cell.task, folder)
-    elif record.state == "done":
-        measured["observations"] = tuple(observations_of(cell, arena))
-    for checkpoints in list(folder.rglob(CHECKPOINTS)):
-        shutil.rmtree(checkpoints)
+    measured: dict[str, Any] = {}
+    if record.state == "done":
+        measured = _measured(cell, arena)
+        for checkpoints in list(cell.folder(arena).rglob(CHECKPOINTS)):
+            shutil.rmtree(checkpoints)
     return CellResult(**cell.description(), key=cell.key, state=record.state, reason=record.reason, **measured)
+
+
+def _measured(cell: Cell, arena: Path) -> dict[str, Any]:
+    """What a cell has measured, by the name of the field of `CellResult`."""
+    if cell.purpose == "pace":
+        return {"seconds_per_step": seconds_per_step(cell.task, cell.folder(arena))}
+    if cell.purpose == "sweep":
+        return {"score": validation_score(cell.task, cell.folder(arena))}
+    return {"observations": tuple(observations_of(cell, arena))}

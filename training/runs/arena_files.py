@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import Interval
-from pipelines.run_file import RunFile, fields_of
+from pipelines.run_file import RESTORE, RunFile, fields_of
 from pipelines.run_options import Task
 
 CELLS = "cells"
@@ -109,21 +110,26 @@ class CellResult(CellDescription):
     seconds_per_step: float | None = None
     observations: Sequence[Observation] = ()
 
+    @cached_property
     def line(self) -> str:
         """The line with its line break; floats have six significant digits."""
         return json.dumps(_rounded(asdict(self))) + "\n"
 
     @classmethod
-    def from_line(cls, line: str) -> CellResult:
+    def from_line(cls, line: str, name: str = RESULTS) -> CellResult:
         """Read a line.
 
+        Args:
+            name: of the file in the error message.
         Raises: InputError if it is not a result.
         """
         try:
-            values = fields_of(cls, json.loads(line), RESULTS)
+            values = fields_of(cls, json.loads(line), name)
             return cls(**values | {"observations": tuple(Observation(**one) for one in values.get("observations", ()))})
+        except InputError:
+            raise
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{RESULTS} has a line that cannot be read: {line.strip()[:80]!r} ({error}).") from error
+            raise InputError(f"{name} has a line that cannot be read: {line.strip()[:80]!r} ({error}). {RESTORE}") from error
 
 
 def _rounded(value: Any) -> Any:
