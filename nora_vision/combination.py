@@ -95,6 +95,7 @@ def combined_config(config: NoraConfig, sums: Mapping[str, Factors]) -> NoraConf
         # Computes no outer factors: `set_factors` sets them.
         outer_init="awsvd",
         outer_slice="1/1",
+        outer_dtype="base",
         calibration="data",
         init_weights=True,
         rank_pattern={f"^{name}": rank for name, (rank, _) in ranks.items() if rank != r},

@@ -1,8 +1,9 @@
 """Compact adapters: files without the outer factors, which are recomputed from the base weights on loading.
 
-The file contains the activation scale, which the weights do not determine, or what is needed to compute it again, and a probe of
-every layer's weight change. The probe detects outer factors that differ because of other base weights or rounding; otherwise the
-adapter would be wrong silently.
+Outer factors that the weights do not determine can only be in the file, rounded to 4 bits. Otherwise the file contains the
+activation scale, which the weights do not determine either, or what is needed to compute it again, and a probe of every layer's
+weight change. The probe detects outer factors that differ because of other base weights or rounding; otherwise the adapter would
+be wrong silently.
 """
 
 from __future__ import annotations
@@ -95,17 +96,17 @@ def _candidates(layer: NoraLayer, adapter_name: str, where: str) -> Iterator[tup
 
 
 def not_recomputable(config: NoraConfig, adapter: str) -> str:
-    """Why `adapter`, whose configuration is not `is_recomputable`, has no compact layout."""
+    """Why `adapter`, whose configuration does not have `has_compact_layout`, has none."""
     source = f"the weighting {config.weighting!r}" if config.basis == "weight" else f"the basis {config.basis!r}"
     return (
         f"{adapter} is not saved as a compact file: with {source}, its outer factors cannot be recomputed from the base weights. "
-        "The full file contains them."
+        "The full file contains them; a compact one can with outer_dtype='int4'."
     )
 
 
-def check_recomputable(config: NoraConfig, adapter: str) -> None:
-    """Raise AdapterFileError naming `adapter` if its configuration does not determine the outer factors from the weights."""
-    if not config.is_recomputable:
+def check_compact(config: NoraConfig, adapter: str) -> None:
+    """Raise AdapterFileError naming `adapter` if its configuration has no compact layout."""
+    if not config.has_compact_layout:
         raise AdapterFileError(not_recomputable(config, adapter))
 
 

@@ -20,6 +20,7 @@ from .weighting import NOT_DIAGONAL, Weighting
 
 Basis = Literal["weight", "gradient", "mixed"]
 OuterInit = Literal["svd", "awsvd"]
+OuterDtype = Literal["base", "int4"]
 Calibration = Literal["data", "base"]
 
 
@@ -144,6 +145,13 @@ class NoraConfig(PeftConfig):
             "it, or some of each, 'mixed'."
         },
     )
+    outer_dtype: OuterDtype = field(
+        default="base",
+        metadata={
+            "help": "Precision of outer factors that the base weights do not determine: 'base', that of the base weights, or "
+            "'int4', each direction rounded to 4 bits before the training, so that a compact file can contain them."
+        },
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "False samples all factors at random: fast, but step 0 is not the base model."}
     )
@@ -168,7 +176,7 @@ class NoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         choices = {
             "inner_init": InnerInit, "inner_form": InnerFormName, "outer_init": OuterInit, "outer_scaling": OuterScaling,
-            "calibration": Calibration, "weighting": Weighting, "basis": Basis,
+            "calibration": Calibration, "weighting": Weighting, "basis": Basis, "outer_dtype": OuterDtype,
         }  # fmt: skip
         for choice, allowed in choices.items():
             if getattr(self, choice) not in get_args(allowed):
@@ -184,6 +192,11 @@ class NoraConfig(PeftConfig):
         if parse_slice(self.outer_slice)[1] > 1 and self.basis != "weight":
             raise ValueError(f"outer_slice must be 1/1 for the basis {self.basis!r}, got {self.outer_slice}. Set basis='weight'.")
         check_inner_form(self.inner_form, self._inner_form(self.r, self.inner_r), self.inner_init)
+        if self.outer_dtype == "int4" and self.is_recomputable:
+            raise ValueError(
+                "outer_dtype must be 'base' for outer factors that are computed again from the base weights, got 'int4'. Leave "
+                "it out, or set basis='gradient'."
+            )
 
     def _check_ranks(self) -> None:
         ranks = {"r": self.r, "inner_r": self.inner_r, "inner_blocks": self.inner_blocks, "num_subspaces": self.num_subspaces}
@@ -258,6 +271,11 @@ class NoraConfig(PeftConfig):
         # The base calibration computes the diagonal scale.
         scale_is_known = self.calibration == "data" or self.weighting == "diagonal"
         return self.basis == "weight" and self.weighting not in NOT_DIAGONAL and scale_is_known
+
+    @property
+    def has_compact_layout(self) -> bool:
+        """Whether a compact file can leave the outer factors out, or contain them in 4 bits."""
+        return self.is_recomputable or self.outer_dtype == "int4"
 
     def check_modules(self, names: Collection[str], model_name: str) -> None:
         """Check that every entry of target_modules and modules_to_save matches one of the module names `names`.

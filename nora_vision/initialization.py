@@ -18,6 +18,7 @@ from .layer import NoraLayer, nora_layers
 from .outer import scaled_outer_factors
 from .quantization import UnquantizedWeights, dequantized_weight, is_quantized
 from .reproducible import record_reproducible, weight_digest
+from .rounding import rounded_outer_factors
 from .scales import coarse_scale
 from .weighting import NOT_DIAGONAL, SCALE_FLOOR, InputRoot, in_float64
 
@@ -54,7 +55,9 @@ def initialize_nora_weights(
     stats = None if config.weighting == "none" else stats
     layers = _checked_layers(model, adapter_name, stats, factors)
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        _set_scale(layer, adapter_name, None if stats is None else stats.scale(name, config.weighting), calibration)
+        # Given factors are not those of a scale.
+        no_scale = stats is None or factors is not None
+        _set_scale(layer, adapter_name, None if no_scale else stats.scale(name, config.weighting), calibration)
         with _unquantized_weight(layer, name, unquantized):
             _set_outer_factors(layer, name, adapter_name, config, stats, factors)
             _start_inner_factors(layer, adapter_name, config, generator, loftq_start)
@@ -121,10 +124,10 @@ def _set_outer_factors(
     """Set the layer's outer factors to those in `factors`, or to those from its weight and activation scale."""
     if factors is not None:
         scaled = scaled_outer_factors(factors[name].up.double(), factors[name].down.double(), config.outer_scaling)
-        layer.set_outer_factors(adapter_name, *scaled)
+        layer.set_outer_factors(adapter_name, *rounded_outer_factors(*scaled, config.outer_dtype))
     elif stats is not None and config.weighting in NOT_DIAGONAL:
-        root = stats.root(name, config.weighting)
-        layer.set_outer_factors(adapter_name, *weighted_factors(layer, adapter_name, name, root))
+        weighted = weighted_factors(layer, adapter_name, name, stats.root(name, config.weighting))
+        layer.set_outer_factors(adapter_name, *rounded_outer_factors(*weighted, config.outer_dtype))
     else:
         layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
         record_reproducible(layer, adapter_name)

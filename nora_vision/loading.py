@@ -100,7 +100,7 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> 
         probes = {name.removesuffix(f".{PROBE}"): t for name, t in adapter.tensors.items() if name.endswith(f".{PROBE}")}
         state = {name: tensor for name, tensor in adapter.tensors.items() if not name.endswith(f".{PROBE}")}
         set_peft_model_state_dict(model, state, adapter_name)
-        if adapter.compact:
+        if adapter.recomputed:
             for name, layer in nora_layers(model).items():
                 if adapter_name in layer.r:
                     _complete(layer, adapter_name, probes[base_name(name)], f"{adapter.folder}, layer {base_name(name)}")

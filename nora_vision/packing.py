@@ -15,11 +15,13 @@ import torch
 from .calibration import ActivationStatistics
 from .compact import PROJECTIONS
 from .files import DTYPES, AdapterFileError, TensorEntry, tensor_bytes
-from .rounding import factors_of_int8, int8_factors
+from .rounding import INT4_LIMIT, directions_of_int4, factors_of_int8, int4_directions, int8_factors
 from .scales import recovered_steps, scale_of, steps_of
 
 SCALE, PROBE = "nora_activation_scale", "nora_probe"
-# After the name of a kind of factors in 8 bits: the value of one step, for each layer.
+# The axis of the directions of outer factors, which are only in files of adapters whose outer factors are rounded to 4 bits.
+OUTER_AXES = {"nora_A": 0, "nora_B": 1}
+# After the name of a kind of factors in 8 or 4 bits: the value of one step, for each layer or direction.
 STEP = ".step"
 PACKED_DTYPES = DTYPES | {"I8": torch.int8, "U8": torch.uint8}
 # Keys of the header's metadata: how activation scales are stored, and the digest of recomputed ones.
@@ -36,7 +38,7 @@ def pack(tensors: Mapping[str, torch.Tensor], base_calibration: bool) -> tuple[d
     """The packed tensors, and metadata of the header.
 
     Args:
-        tensors: by `<layer>.<kind>`, without the outer factors.
+        tensors: by `<layer>.<kind>`; outer factors only if they are rounded to 4 bits.
         base_calibration: whether a reader can recompute the activation scales.
     """
     packed: dict[str, torch.Tensor] = {}
@@ -47,6 +49,8 @@ def pack(tensors: Mapping[str, torch.Tensor], base_calibration: bool) -> tuple[d
             packed[kind], metadata = _pack_scales(parts, base_calibration)
         elif kind == PROBE:
             packed[kind] = torch.stack(parts)
+        elif kind in OUTER_AXES:
+            packed |= _pack_outer_factors(kind, parts)
         else:
             packed |= _pack_factors(kind, parts)
     return packed, metadata
@@ -73,6 +77,9 @@ def packed_shapes(shapes: Mapping[str, Shape], stored: Mapping[str, TensorEntry]
             expected[kind] = (len(names), 1 + PROJECTIONS)
         elif kind == SCALE:
             expected[kind] = entry.shape[:1] if entry is not None else (1,)
+        elif kind in OUTER_AXES:
+            expected[kind] = ((sum(prod(shapes[name]) for name in names) + 1) // 2,)
+            expected[kind + STEP] = (sum(shapes[name][OUTER_AXES[kind]] for name in names),)
         else:
             expected[kind] = (sum(prod(shapes[name]) for name in names),)
             if entry is not None and entry.dtype == torch.int8:
@@ -102,6 +109,8 @@ def unpack(
             tensors |= _unpack_scales(packed[kind], metadata, {name: shapes[name][0] for name in names}, statistics, where)
         elif kind == PROBE:
             tensors |= dict(zip(names, packed[kind], strict=True))
+        elif kind in OUTER_AXES:
+            tensors |= _unpack_outer_factors(kind, packed, {name: shapes[name] for name in names})
         else:
             steps = packed.get(kind + STEP, torch.ones(len(names)))
             parts = packed[kind].split([prod(shapes[name]) for name in names])
@@ -124,6 +133,25 @@ def _pack_factors(kind: str, parts: Sequence[torch.Tensor]) -> dict[str, torch.T
         return {kind: torch.cat([part.flatten() for part in integers]), kind + STEP: torch.stack(steps)}
     half = values.half()
     return {kind: half if torch.equal(half.float(), values) else values}
+
+
+def _pack_outer_factors(kind: str, parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Directions in 4 bits, two entries to a byte, the first in its lower half."""
+    integers, steps = zip(*(int4_directions(part, OUTER_AXES[kind]) for part in parts), strict=True)
+    entries = torch.cat([part.flatten() for part in integers]) + INT4_LIMIT + 1
+    low, high = torch.cat([entries, entries.new_zeros(len(entries) % 2)]).to(torch.uint8).view(-1, 2).unbind(dim=1)
+    return {kind: low | (high << 4), kind + STEP: torch.cat(steps)}
+
+
+def _unpack_outer_factors(kind: str, packed: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
+    axis, tensors = OUTER_AXES[kind], {}
+    halves = torch.stack([packed[kind] & 15, packed[kind] >> 4], dim=1).flatten().to(torch.int8) - INT4_LIMIT - 1
+    sizes = [prod(shape) for shape in shapes.values()]
+    parts = halves[: sum(sizes)].split(sizes)
+    steps = packed[kind + STEP].split([shape[axis] for shape in shapes.values()])
+    for (name, shape), part, step in zip(shapes.items(), parts, steps, strict=True):
+        tensors[name] = directions_of_int4(part.reshape(shape), step, axis)
+    return tensors
 
 
 def _pack_scales(parts: Sequence[torch.Tensor], base_calibration: bool) -> tuple[torch.Tensor, dict[str, str]]:

@@ -55,12 +55,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A checked adapter of one model: its configuration, its tensors by name, and its folder, for messages."""
+    """A checked adapter of one model.
+
+    Args:
+        config: its configuration.
+        tensors: by name.
+        folder: for messages.
+        recomputed: whether the outer factors are to be computed again from the base weights.
+    """
 
     config: NoraConfig
     tensors: dict[str, torch.Tensor]
     folder: Path
-    compact: bool
+    recomputed: bool
 
 
 def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibration | None = None) -> AdapterFile:
@@ -90,7 +97,7 @@ def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibrati
         tensors = unpacked | {name: tensors[name] for name in in_full}
     tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
     _check_scales(tensors, weights)
-    return AdapterFile(config, tensors, folder, compact=layout != FULL)
+    return AdapterFile(config, tensors, folder, recomputed=layout != FULL and config.is_recomputable)
 
 
 def _check_scales(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -231,7 +238,8 @@ def _expected_shapes(
         if name not in shared:
             shapes[f"{name}.{SCALE}"] = (in_features,)
         probe = {f"{name}.{PROBE}": (1 + EARLIER_PROJECTIONS,)}
-        shapes |= probe if layout else _outer_shapes(name, out_features, in_features, form.r)
+        recomputed = layout != FULL and config.is_recomputable
+        shapes |= probe if recomputed else _outer_shapes(name, out_features, in_features, form.r)
     for name, owner in shared.items():
         if inputs.get(name, -1) != inputs.get(owner) or f"{owner}.{SCALE}" not in shapes:
             raise AdapterFileError(f"{path} does not fit this model: {name!r} cannot use the activation scale of {owner!r}.")

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .calibration import base_name, unwrapped
-from .compact import check_recomputable, reproducible_probe
+from .compact import check_compact, reproducible_probe
 from .components import COMPONENTS, adapted_components
 from .config import NoraConfig
 from .files import CONFIGURATION, check_finite, configuration_digest, write_json, write_tensors
@@ -101,12 +101,14 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
     fields = _portable_fields(config, layers, adapter_name)
     packed: dict[str, torch.Tensor] = {}
     if compact:
-        check_recomputable(config, f"Adapter {adapter_name!r} of {where}")
+        check_compact(config, f"Adapter {adapter_name!r} of {where}")
         fields["compact"] = PACKED
         of_layers = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] in layers}
-        recomputed = {name: tensor for name, tensor in of_layers.items() if not name.endswith(OUTER_FACTORS)}
-        probes = {f"{name}.{PROBE}": reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()}
-        packed, scales = pack(recomputed | probes, base_calibration=config.calibration == "base")
+        if config.is_recomputable:
+            of_layers = {name: tensor for name, tensor in of_layers.items() if not name.endswith(OUTER_FACTORS)}
+            for name, layer in layers.items():
+                of_layers[f"{name}.{PROBE}"] = reproducible_probe(layer, adapter_name, f"{where}.{name}")
+        packed, scales = pack(of_layers, base_calibration=config.calibration == "base")
         metadata |= scales
     metadata[CONFIGURATION] = configuration_digest(fields)
     return packed | {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields

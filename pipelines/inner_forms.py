@@ -46,6 +46,23 @@ def check_inner_form(options: Any) -> None:
             raise InputError(sentence)
 
 
+def check_combinations(options: Any) -> None:
+    """Raises: InputError if fields of NoRA's `options` that need others do not have them."""
+    is_plain = options.inner_form == "serial" and options.num_subspaces == 1
+    if options.preserve_output and options.inner_dtype != "float32":
+        raise InputError(
+            "inner_dtype must be float32 with preserve_output, whose weight change is the small difference of two products, got "
+            f"{options.inner_dtype!r}. Leave out preserve_output."
+        )
+    if options.parameter_budget is not None and not is_plain:
+        raise InputError("parameter_budget needs inner_form serial and num_subspaces 1. Leave parameter_budget out.")
+    if options.loftq_start and (options.preserve_output or not is_plain):
+        raise InputError(
+            "loftq_start needs inner_form serial and num_subspaces 1, and cannot be used with preserve_output, which subtracts "
+            "the start of the change. Leave it out, or the others."
+        )
+
+
 def _rank_errors(options: Any) -> Iterator[tuple[str, bool]]:
     rank, inner_r, is_antisymmetric = options.rank, options.inner_r, options.inner_form == "antisymmetric"
     yield f"inner_r must be in [1, r={rank}], got {inner_r}. Lower inner_r or raise rank.", inner_r > rank

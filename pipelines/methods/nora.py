@@ -20,7 +20,14 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.errors import InputError
-from pipelines.inner_forms import INNER_FORMS, WITHOUT_INNER_RANK, check_inner_form, check_scaling, check_slice
+from pipelines.inner_forms import (
+    INNER_FORMS,
+    WITHOUT_INNER_RANK,
+    check_combinations,
+    check_inner_form,
+    check_scaling,
+    check_slice,
+)
 from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least, below_one, check_choices, one_of, within
@@ -39,7 +46,7 @@ logger = logging.getLogger(__name__)
 # As in `nora_vision`, which is not imported here.
 INNER_INITS = ("zero", "gaussian", "uniform", "orthogonal", "singular_values")
 OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
-CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
+CALIBRATIONS, INNER_DTYPES, OUTER_DTYPES = ("data", "base"), ("float32", "float16", "int8"), ("base", "int4")
 WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
 GRADIENT_SCALES = ("mean", "gradient")
 BASES = ("weight", "gradient", "mixed")
@@ -126,6 +133,13 @@ class NoraOptions:
         "NoRA inner_dtype (of the trained factors in the compact file)",
         choices=INNER_DTYPES,
     )
+    outer_dtype: str = option(
+        "int4",
+        "precision of outer factors that the base weights do not determine, such as those of basis gradient: int4, rounded to 4 "
+        "bits before the training, so that the compact file can contain them, or base, that of the base weights",
+        "NoRA outer_dtype (of stored outer factors)",
+        choices=OUTER_DTYPES,
+    )
     weighting: str = option(
         "diagonal",
         "weighting of the outer factors by each layer's inputs: none, diagonal (root mean square), quantile, trimmed or huber "
@@ -175,22 +189,7 @@ class NoraOptions:
         within(self, 0, 1, "gradient_share")
         # The base calibration has the diagonal scale alone.
         one_of(self, ("diagonal",) if self.calibration == "base" else WEIGHTINGS, "weighting")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.preserve_output and self.inner_dtype != "float32":
-            raise InputError(
-                "inner_dtype must be float32 with preserve_output, whose weight change is the small difference of two products, "
-                f"got {self.inner_dtype!r}. Leave out preserve_output."
-            )
-        is_plain = self.inner_form == "serial" and self.num_subspaces == 1
-        if self.parameter_budget is not None and not is_plain:
-            raise InputError("parameter_budget needs inner_form serial and num_subspaces 1. Leave parameter_budget out.")
-        if self.loftq_start and (self.preserve_output or not is_plain):
-            raise InputError(
-                "loftq_start needs inner_form serial and num_subspaces 1, and cannot be used with preserve_output, which "
-                "subtracts the start of the change. Leave it out, or the others."
-            )
+        check_combinations(self)
 
 
 class NoraTraining(MethodTraining):
@@ -262,8 +261,14 @@ class Nora(AdapterMethod):
             "gradient_batches": basis == "weight" and not has_budget,
             "gradient_share": basis != "mixed",
             "gradient_scale": basis == "weight",
+            "outer_dtype": self._is_recomputable,
         }
         return frozenset(name for name, is_unused in unused.items() if is_unused)
+
+    @property
+    def _is_recomputable(self) -> bool:
+        """As `NoraConfig.is_recomputable`."""
+        return self.options.basis == "weight" and self.options.weighting not in ("diagonal_low_rank", "covariance")
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
@@ -287,6 +292,7 @@ class Nora(AdapterMethod):
             alpha=options.inner_r if options.alpha is None else options.alpha,
             outer_init="awsvd",
             **{name: getattr(options, name) for name in CONFIG_FIELDS},
+            outer_dtype="base" if self._is_recomputable else options.outer_dtype,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
@@ -352,14 +358,14 @@ class Nora(AdapterMethod):
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Write the layouts `full` and, if the base weights determine the outer factors, `compact`, which needs the same."""
+        """Write the layouts `full` and, unless there are outer factors that it can neither leave out nor contain, `compact`."""
         from nora_vision.compact import not_recomputable
         from nora_vision.saving import save_adapter
 
         for name, model in components.items():
             save_adapter(model, folder / FULL / name, adapter_name)
             config = model.peft_config[adapter_name]
-            if config.is_recomputable:
+            if config.has_compact_layout:
                 save_adapter(model, folder / COMPACT / name, adapter_name, compact=True)
             elif not getattr(config, "full_only_logged", False):
                 config.full_only_logged = True

@@ -16,6 +16,7 @@ from torch import nn
 
 from nora_vision import calibrate, initialize_nora_weights, save_adapter
 from nora_vision.decomposition import reproducible_awsvd
+from nora_vision.factors import Factors
 from nora_vision.layer import nora_layers
 
 PREFIX = "base_model.model."
@@ -90,6 +91,8 @@ class DocumentedPackedFile(DocumentedFile):
 
     def tensor(self, layer, kind):
         index = list(self.layers).index(layer)
+        if kind in ("nora_A", "nora_B"):
+            return self.stored_outer_factor(kind, index)
         if kind == "nora_probe":
             return self.entry(kind)[index]
         r, inner_r = self.config["r"], self.config["inner_r"]
@@ -97,6 +100,14 @@ class DocumentedPackedFile(DocumentedFile):
         if self.entries[kind]["dtype"] == "I8":
             values = values * self.entry(f"{kind}.step")[index]
         return values.reshape((inner_r, r) if kind.startswith("nora_inner_A") else (r, inner_r))
+
+    def stored_outer_factor(self, kind, index):
+        r, sides = self.config["r"], [shape[kind == "nora_A"] for shape in self.layers.values()]
+        packed = np.frombuffer(self.bytes[kind], np.uint8)
+        entries = np.stack([packed & 15, packed >> 4], axis=1).flatten().astype(np.float64) - 8
+        values = entries[sum(sides[:index]) * r :][: sides[index] * r]
+        steps = self.entry(f"{kind}.step")[index * r :][:r]
+        return values.reshape(r, -1) * steps[:, None] if kind == "nora_A" else values.reshape(-1, r) * steps
 
     def scale(self, layer):
         data, coding = zlib.decompress(self.bytes["nora_activation_scale"]), self.metadata["nora_scales"]
@@ -181,6 +192,25 @@ def test_a_full_file_gives_the_weight_change(saved):
     for name, layer in layers.items():
         change = full.tensor(name, "nora_B") @ full.core(name) @ full.tensor(name, "nora_A")
         expected = layer.get_delta_weight("default").flatten(1).detach().numpy()
+        np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_compact_file_with_outer_factors_of_4_bits_gives_the_weight_change(tmp_path):
+    model, _, targets = MODELS["linear"]()
+    config = config_for(targets, r=3, inner_r=2, preserve_output=True, basis="gradient", outer_dtype="int4", outer_init="awsvd")
+    model = get_peft_model(model, config)
+    layers = {name.removeprefix(PREFIX): layer for name, layer in nora_layers(model).items()}
+    factors = {n: Factors(torch.randn(layer.out_features, 3), torch.randn(3, layer.in_features)) for n, layer in layers.items()}
+    initialize_nora_weights(model, factors=factors)
+    for name, parameter in model.named_parameters():
+        if "nora_inner" in name:
+            nn.init.normal_(parameter)
+    save_adapter(model, tmp_path, compact=True)
+    file = DocumentedPackedFile(tmp_path, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+    assert "nora_probe" not in file.entries
+    for name, layer in layers.items():
+        change = file.tensor(name, "nora_B") @ file.core(name) @ file.tensor(name, "nora_A")
+        expected = layer.get_delta_weight("default").detach().numpy()
         np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -9,6 +9,8 @@ from nora_vision import AdapterFileError, NoraConfig, calibrate, initialize_nora
 from nora_vision.factors import Factors
 from nora_vision.gradient_basis import gradient_factors
 from nora_vision.layer import nora_layers
+from nora_vision.outer import scaled_outer_factors
+from nora_vision.saving import adapter_tensors
 from nora_vision.weighting import InputRoot, covariance_root
 
 OUT, IN, RANK = 14, 18, 6
@@ -94,8 +96,9 @@ def test_the_scale_of_the_inputs_and_of_the_gradient_do_not_matter():
 # Adapters with such a basis
 
 
-def started(**fields):
+def started(dtype=torch.float32, **fields):
     model, (x,), targets = mlp()
+    model.to(dtype)
     config = config_for(
         targets, init_weights=True, outer_init="awsvd", **{"basis": "gradient", "inner_init": "gaussian", **fields}
     )
@@ -105,7 +108,7 @@ def started(**fields):
                                         InputRoot.diagonal(torch.ones(layer.in_features)), layer.r["default"]))
         for name, layer in nora_layers(model).items()
     }  # fmt: skip
-    initialize_nora_weights(model, calibrate(model, lambda: model(x)), factors=factors)
+    initialize_nora_weights(model, calibrate(model, lambda: model(x.to(dtype))), factors=factors)
     return model, x, factors
 
 
@@ -117,6 +120,50 @@ def test_the_layers_get_the_given_factors_with_the_configured_scaling():
     model, _, _ = started(outer_scaling="none")
     for layer in nora_layers(model).values():
         torch.testing.assert_close(layer.nora_B["default"].norm(dim=0), torch.ones(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{}, {"basis": "mixed", "outer_scaling": "A"}])
+def test_a_compact_file_contains_outer_factors_of_4_bits_exactly(tmp_path, dtype, fields):
+    model, x, factors = started(dtype, outer_dtype="int4", **fields)
+    for name, layer in nora_layers(model).items():
+        exact = scaled_outer_factors(factors[name].up, factors[name].down, layer.outer_scaling["default"])
+        for rounded, given in zip((layer.nora_B["default"].T, layer.nora_A["default"]), (exact[0].T, exact[1]), strict=True):
+            error = (rounded.float() - given).norm(dim=1) / given.norm(dim=1)
+            assert 0.01 < error.max() < 0.2
+    for compact in (False, True):
+        save_adapter(model, tmp_path / str(compact), compact=compact)
+        fresh = mlp()[0].to(dtype)
+        load_adapter(fresh, tmp_path / str(compact))
+        expected = adapter_tensors(model, "default")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_tensors(fresh, "default").items())
+        assert torch.equal(fresh(x.to(dtype)), model(x.to(dtype)))
+    sizes = [(tmp_path / str(compact) / "adapter_model.safetensors").stat().st_size for compact in (True, False)]
+    count = sum(layer.nora_A["default"].numel() + layer.nora_B["default"].numel() for layer in nora_layers(model).values())
+    assert sizes[0] < sizes[1] - count * (dtype.itemsize - 0.6)
+
+
+def test_a_direction_of_zeros_and_an_odd_number_of_entries_are_stored(tmp_path):
+    model = mlp()[0]
+    model.second = torch.nn.Linear(30, 21, bias=False)
+    inject_adapter_in_model(
+        config_for(["second"], r=3, inner_r=2, basis="gradient", outer_dtype="int4", outer_init="awsvd"), model
+    )
+    layer = nora_layers(model)["second"]
+    B, A = torch.randn(21, 3), torch.randn(3, 30)
+    B[:, 1] = 0
+    initialize_nora_weights(model, factors={"second": Factors(B, A)})
+    save_adapter(model, tmp_path, compact=True)
+    fresh = mlp()[0]
+    fresh.second = torch.nn.Linear(30, 21, bias=False)
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(nora_layers(fresh)["second"].nora_B["default"], layer.nora_B["default"])
+    assert not layer.nora_B["default"][:, 1].any()
+
+
+def test_factors_that_the_weights_determine_are_not_rounded():
+    with pytest.raises(ValueError, match=r"outer_dtype must be 'base' for outer factors that are computed again"):
+        NoraConfig(outer_dtype="int4")
 
 
 def test_a_full_file_restores_the_basis_and_a_compact_one_is_refused(tmp_path):
