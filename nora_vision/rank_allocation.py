@@ -61,7 +61,7 @@ def outer_ranks(energies: Mapping[Layer, torch.Tensor], inner_r: int, budget: in
 
 def inner_ranks(
     outer: Mapping[Layer, int],
-    gradients: Mapping[Layer, torch.Tensor] | None,
+    gradients: Mapping[Layer, torch.Tensor],
     energies: Mapping[Layer, torch.Tensor],
     budget: int,
 ) -> Ranks:
@@ -69,8 +69,7 @@ def inner_ranks(
 
     Args:
         outer: the outer ranks, of which some are raised if the budget leaves parameters over.
-        gradients: by layer, the squared singular values of B^T G A^T in descending order; None if there are no gradients: the
-            inner ranks are then equal in all layers, up to the outer ranks.
+        gradients: by layer, the squared singular values of B^T G A^T in descending order.
         energies: as in `outer_ranks`.
     Raises: ValueError if the budget is below that of inner rank 1.
     """
@@ -88,17 +87,14 @@ def inner_ranks(
         ranks[layer], left = (r + 1, inner_r), left - 2 * inner_r
 
 
-def _raise_inner(ranks: Ranks, gradients: Mapping[Layer, torch.Tensor] | None, left: int) -> int:
+def _raise_inner(ranks: Ranks, gradients: Mapping[Layer, torch.Tensor], left: int) -> int:
     """Raise inner ranks in `ranks` by the gain of the next direction for each parameter; returns what is left of `left`."""
     order = {layer: index for index, layer in enumerate(ranks)}
 
     def next_step(layer: Layer) -> tuple[float, int, int, Layer]:
         r, inner_r = ranks[layer]
-        if gradients is None:
-            gain = 1 / (inner_r + 1)
-        else:
-            values = gradients[layer]
-            gain = values[inner_r].item() / (2 * r) if inner_r < len(values) else 0.0
+        values = gradients[layer]
+        gain = values[inner_r].item() / (2 * r) if inner_r < len(values) else 0.0
         return -gain, inner_r, order[layer], layer
 
     heap = [next_step(layer) for layer, (r, inner_r) in ranks.items() if inner_r < r]
@@ -150,8 +146,7 @@ def allocated_ranks(
     Args:
         models: by name, with the adapter.
         statistics: for the adapter's weighting, by the model's name.
-        gradients: `gradients(name)` initialises the adapter of a model and yields the gradients of its weights, (out, in). Layers
-            without one are allowed: all inner ranks are then equal, which is logged.
+        gradients: `gradients(name)` initialises the adapter of a model and yields the gradients of its weights, (out, in).
         budget: trained parameters of all layers.
     Raises: ValueError if the budget is below that of rank 1 in every layer.
     """
@@ -163,13 +158,7 @@ def allocated_ranks(
     for name, model in models.items():
         set_ranks(model, adapter_name, {layer: (r, min(r, inner_r)) for layer, r in _of_model(outer, name).items()})
         of_cores |= {(name, layer): values for layer, values in core_energies(model, adapter_name, gradients(name))}
-    missing = len(energies) - len(of_cores)
-    if missing:
-        logger.warning(
-            f"{missing} of {len(energies)} layers have no gradient, as their weights are quantised. The inner ranks of all "
-            "layers are equal, up to the outer ranks."
-        )
-    ranks = inner_ranks(outer, None if missing else of_cores, energies, budget)
+    ranks = inner_ranks(outer, of_cores, energies, budget)
     logger.info(summary(ranks, budget))
     return {name: _of_model(ranks, name) for name in models}
 

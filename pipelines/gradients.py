@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -27,26 +28,26 @@ GROUP_BYTES = 2**30
 
 
 def mean_gradients(
-    weights: Mapping[str, nn.Parameter], losses: Losses, count: int, group_bytes: int = GROUP_BYTES
+    layers: Mapping[str, nn.Module], losses: Losses, count: int, group_bytes: int = GROUP_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The mean gradient of `count` losses with respect to each of `weights`, over all processes, in their order.
+    """The mean gradient of `count` losses with respect to the weight of each of `layers`, over all processes, in their order.
 
-    The losses are computed once for each group of weights: the sums of one group, and one gradient beside them, are in memory.
+    The losses are computed once for each group of layers: the sums of one group, and one gradient beside them, are in memory.
     After each group, even after an error, the weights have no gradient and their former `requires_grad`.
 
     Args:
-        weights: by layer name, (out, in) or (out, in, kh, kw).
+        layers: by name; a weight is (out, in) or (out, in, kh, kw), and may be quantised in linear layers.
         losses: yields the same scalars on each call.
         count: of batches; 0 for those of one epoch.
-        group_bytes: bytes of the sums of one group, which has at least one weight.
+        group_bytes: bytes of the sums of one group, which has at least one layer.
     Returns: name and gradient, (out, in) or (out, in * kh * kw) float32.
     Raises: ValueError naming a weight whose gradient is not finite.
     """
     from nora_vision.moment_groups import grouped
 
     # Sums are float32.
-    for names in grouped({name: 4 * weight.numel() for name, weight in weights.items()}, group_bytes):
-        group = {name: weights[name] for name in names}
+    for names in grouped({name: 4 * math.prod(_weight_shape(layer)) for name, layer in layers.items()}, group_bytes):
+        group = {name: layers[name] for name in names}
         sums = _mean_gradients(group, losses, count)
         for name in group:
             gradient = sums.pop(name).flatten(1)
@@ -57,18 +58,28 @@ def mean_gradients(
             yield name, gradient
 
 
-def _mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: int) -> dict[str, torch.Tensor]:
-    """The mean gradient with respect to each of `weights`, in its shape, float32."""
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the layer's weight before quantisation."""
+    weight = layer.weight
+    return tuple(weight.shape) if weight.is_floating_point() else (layer.out_features, layer.in_features)
+
+
+def _mean_gradients(layers: Mapping[str, nn.Module], losses: Losses, count: int) -> dict[str, torch.Tensor]:
+    """The mean gradient with respect to the weight of each of `layers`, in its shape, float32."""
     from accelerate.utils import reduce
 
-    sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
+    sums = {name: torch.zeros(_weight_shape(layer), device=layer.weight.device) for name, layer in layers.items()}
     number = 0
     with ExitStack() as stack:
-        for name, weight in weights.items():
-            stack.callback(setattr, weight, "grad", None)
-            stack.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
-            stack.callback(weight.register_post_accumulate_grad_hook(_adding_to(sums[name])).remove)
+        for name, layer in layers.items():
+            weight = layer.weight
+            if weight.is_floating_point():
+                stack.callback(setattr, weight, "grad", None)
+                stack.callback(weight.requires_grad_, weight.requires_grad)
+                weight.requires_grad_(True)
+                stack.callback(weight.register_post_accumulate_grad_hook(_adding_to(sums[name])).remove)
+            else:
+                stack.callback(layer.register_forward_hook(_adding_products_to(sums[name])).remove)
         for loss in stack.enter_context(closing(losses(count))):
             (LOSS_SCALE * loss).backward()
             number += 1
@@ -85,17 +96,29 @@ def _adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
     return add
 
 
-def check_differentiable(base_layers: Mapping[str, nn.Module], title: str) -> None:
-    """Check that every layer's weight has a gradient, which the method called `title` needs.
+def _adding_products_to(total: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A forward hook that adds dL/dW = sum over tokens of (dL/dy) x^T to `total` (out, in), for a linear layer y = W x + b."""
 
-    Raises: InputError naming the first layer whose weight is quantised, or whose convolution has groups.
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0].detach().flatten(0, -2)
+
+        def add(gradient: torch.Tensor) -> None:
+            total.add_(gradient.flatten(0, -2).T.float() @ x.float())
+
+        # So that there is a gradient of the output even if nothing before it has one.
+        output = output + output.new_zeros(()).requires_grad_()
+        output.register_hook(add)
+        return output
+
+    return hook
+
+
+def check_differentiable(base_layers: Mapping[str, nn.Module], title: str) -> None:
+    """Check that the gradient of every layer's weight, which the method called `title` needs, is a matrix.
+
+    Raises: InputError naming the first convolution that has groups.
     """
     for name, base in base_layers.items():
-        if not base.weight.is_floating_point():
-            raise InputError(
-                f"{title} is initialised from the gradient of every weight, but {name!r} is quantised to {base.weight.dtype} "
-                "and has none. Load the model without quantisation, or use a method that needs no gradients."
-            )
         if getattr(base, "groups", 1) != 1:
             raise InputError(
                 f"{title} cannot adapt {name!r}, a convolution with {base.groups} groups. Remove it from the target modules."

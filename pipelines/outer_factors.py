@@ -75,17 +75,18 @@ class GradientBasis:
     ) -> dict[str, Factors]:
         """B and A of every layer from the gradients of `losses`, or from the file `cache`.
 
-        Raises: InputError if a weight is quantised; no loss is computed then.
+        Raises: InputError if a layer cannot be adapted; no loss is computed then.
         """
         from nora_vision.gradient_basis import adapter_factors
         from nora_vision.rank_allocation import adapter_layers
 
         layers = adapter_layers(model, adapter_name)
-        check_differentiable({name: layer.get_base_layer() for name, layer in layers.items()}, f"{self.title}'s basis")
-        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
+        check_differentiable(base_layers, f"{self.title}'s basis")
+        weights = {name: base.weight for name, base in base_layers.items()}
 
         def compute() -> Iterator[tuple[str, Factors]]:
-            gradients = mean_gradients(weights, losses, self.batches)
+            gradients = mean_gradients(base_layers, losses, self.batches)
             form = {"share": self.share, "scale": self.scale}
             return adapter_factors(layers, adapter_name, gradients, statistics, self.weighting, **form)
 
@@ -109,17 +110,15 @@ def set_ranks_under_budget(
         start: initialises the adapter of a component, by name; the gradients are those of its inner factors.
     Raises: InputError if the budget is below rank 1 in every layer.
     """
-    from nora_vision.quantization import is_quantized
     from nora_vision.rank_allocation import adapter_layers, allocated_ranks, set_ranks
 
     layers = {name: adapter_layers(model, adapter_name) for name, model in components.items()}
-    weights = {n: {key: layer.get_base_layer().weight for key, layer in each.items()} for n, each in layers.items()}
+    base_layers = {n: {key: layer.get_base_layer() for key, layer in each.items()} for n, each in layers.items()}
 
     def gradients(name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        floating = {key: w for key, w in weights[name].items() if not is_quantized(layers[name][key].get_base_layer())}
         start(name)
         with adapters_off([components[name]]):
-            yield from mean_gradients(floating, probes[name].losses, options.gradient_batches)
+            yield from mean_gradients(base_layers[name], probes[name].losses, options.gradient_batches)
 
     def compute() -> dict[str, dict[str, tuple[int, int]]]:
         statistics = {
@@ -128,7 +127,8 @@ def set_ranks_under_budget(
         }
         return allocated_ranks(components, adapter_name, statistics, gradients, options.parameter_budget)
 
-    origin = origin_of({f"{n}:{key}": w for n in weights for key, w in weights[n].items()}, [asdict(options)])
+    weights = {f"{n}:{key}": base.weight for n, each in base_layers.items() for key, base in each.items()}
+    origin = origin_of(weights, [asdict(options)])
     file = next(iter(probes.values())).cache.with_name("ranks.json")
     for name, ranks in cached_ranks(file, origin, compute).items():
         set_ranks(components[name], adapter_name, ranks)

@@ -74,9 +74,8 @@ class LoraGa(SubtractedStart, Lora):
         """
         base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
         check_differentiable(base_layers, self.title)
-        weights = {name: base.weight for name, base in base_layers.items()}
         with adapters_off(layers.values()):
-            yield from mean_gradients(weights, probe.losses, self.options.gradient_batches)
+            yield from mean_gradients(base_layers, probe.losses, self.options.gradient_batches)
 
     def initialise(self, layer: LoraLayer, adapter_name: str, statistic: torch.Tensor) -> None:
         """PEFT's `lora_ga_init`, which reads the gradient from the base layer."""

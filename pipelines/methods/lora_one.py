@@ -74,8 +74,6 @@ class LoraOne(Lora):
     parameters = "rank * (m + n)"
     Options = LoraOneOptions
     starts_at_base = False
-    # Quantised weights are integers, which have no gradient.
-    adapts_quantized_layers = False
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
@@ -125,7 +123,7 @@ class LoraOne(Lora):
         cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}.safetensors")
         with adapters_off([model]):
             origin = origin_of(weights, [options.rank, options.gamma, options.gradient_batches])
-            factors = cached_factors(cache, origin, partial(self._factors, weights, probe.losses))
+            factors = cached_factors(cache, origin, partial(self._factors, base_layers, probe.losses))
         for name, layer in layers.items():
             if name in factors:
                 copy_factors(factors[name], layer, adapter_name)
@@ -140,9 +138,9 @@ class LoraOne(Lora):
         """1 for both, as A and B are initialised at the same size."""
         return 1.0
 
-    def _factors(self, weights: Mapping[str, nn.Parameter], losses: Losses) -> Iterator[tuple[str, Factors]]:
+    def _factors(self, base_layers: Mapping[str, nn.Module], losses: Losses) -> Iterator[tuple[str, Factors]]:
         """B_0 and A_0 of every layer whose gradient is not zero."""
-        for name, gradient in mean_gradients(weights, losses, self.options.gradient_batches):
+        for name, gradient in mean_gradients(base_layers, losses, self.options.gradient_batches):
             if gradient.any():
                 yield name, starting_factors(gradient, self.options.rank, self.options.gamma)
 

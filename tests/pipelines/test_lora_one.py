@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from bitsandbytes.nn import Linear4bit
 from peft import PeftConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_clip import images
@@ -234,14 +233,6 @@ def test_a_non_finite_gradient_is_reported_with_its_layer(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quantised_weight_is_refused_before_any_pass(tmp_path):
-    model = small_model()
-    model.linear = Linear4bit(5, 7)
-    model.linear.weight.data = torch.zeros(18, 1, dtype=torch.uint8)
-    with pytest.raises(InputError, match=r"'linear' is quantised to torch.uint8 and has none.*without quantisation"):
-        started(tmp_path, model, not_again)
-
-
 def test_a_grouped_convolution_is_refused(tmp_path):
     model = small_model()
     model.conv = nn.Conv2d(4, 8, 3, groups=2)
@@ -273,13 +264,13 @@ def test_wrong_options_are_refused(changes, message):
 
 
 def test_loss_scaling_keeps_gradients_too_small_for_float16():
-    weight = nn.Parameter(torch.ones(3, 4, dtype=torch.float16), requires_grad=False)
+    linear = nn.Linear(4, 3, dtype=torch.float16).requires_grad_(False)
 
     def tiny(count):
         for _ in range(count):
-            yield (weight.float() * 1e-8).sum()
+            yield (linear.weight.float() * 1e-8).sum()
 
-    found = dict(mean_gradients({"linear": weight}, tiny, 2))["linear"]
+    found = dict(mean_gradients({"linear": linear}, tiny, 2))["linear"]
     torch.testing.assert_close(found, torch.full((3, 4), 1e-8), atol=0, rtol=0.01)
 
 
@@ -300,9 +291,9 @@ def test_several_processes_start_from_the_mean_of_their_gradients(monkeypatch):
         return (own + of_first[names.index("conv" if own.ndim == 4 else "linear")]) / 2
 
     monkeypatch.setattr("accelerate.utils.reduce", noted)
-    weights = {name: model.get_submodule(name).weight for name in names}
+    layers = {name: model.get_submodule(name) for name in names}
     for process in (0, 1):
-        found = dict(mean_gradients(weights, partial(half_of_batch, model, process), BATCHES))
+        found = dict(mean_gradients(layers, partial(half_of_batch, model, process), BATCHES))
     expected = gradients_of(model, ((model(batch(index)) - 1).square().mean() for index in range(BATCHES)), names)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)

@@ -13,6 +13,7 @@ from tiny_pipeline import tiny_pipeline
 from torch import nn
 
 from nora_vision import ActivationStatistics
+from nora_vision.quantization import dequantized_weight
 from pipelines import adapter_files
 from pipelines.adapter_method import ADAPTER_NAME, Probe, trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
@@ -35,7 +36,7 @@ def options(**changes):
 def started(folder, model=None, losses=losses_of, **changes):
     """The small model with NoRA on its layers, started from its losses."""
     generator = torch.Generator().manual_seed(1)
-    model, method = model or small_model(), NORA(options(**{"basis": "gradient", **changes}))
+    model, method = model or small_model(), NORA(options(**{"basis": "gradient", "outer_dtype": "base", **changes}))
     method.attach(model, method.config(["conv", "linear", "unread"]), ADAPTER_NAME, generator)
 
     def forward():
@@ -112,20 +113,20 @@ def test_statistics_that_lack_what_a_weighting_needs_are_collected_again(tmp_pat
 
 def test_gradients_of_groups_of_layers_equal_those_of_all_at_once(tmp_path):
     model, calls = small_model(), []
-    weights = {name: model.get_submodule(name).weight for name in ("conv", "linear", "unread")}
+    layers = {name: model.get_submodule(name) for name in ("conv", "linear", "unread")}
 
     def losses(count):
-        calls.append([name for name, weight in weights.items() if weight.requires_grad])
+        calls.append([name for name, layer in layers.items() if layer.weight.requires_grad])
         yield from losses_of(model, count)
 
-    together = dict(mean_gradients(weights, losses, 3))
-    singly = dict(mean_gradients(weights, losses, 3, group_bytes=1))
-    pairs = dict(mean_gradients(weights, losses, 3, group_bytes=4 * 2 * 35))
+    together = dict(mean_gradients(layers, losses, 3))
+    singly = dict(mean_gradients(layers, losses, 3, group_bytes=1))
+    pairs = dict(mean_gradients(layers, losses, 3, group_bytes=4 * 2 * 35))
     assert calls == [["conv", "linear", "unread"], ["conv"], ["linear"], ["unread"], ["conv"], ["linear", "unread"]]
     for gradients in (singly, pairs):
         assert list(gradients) == list(together)
         assert all(torch.equal(gradients[name], together[name]) for name in together)
-    assert not any(weight.requires_grad for weight in weights.values())
+    assert not any(layer.weight.requires_grad for layer in layers.values())
 
 
 def test_no_batches_are_those_of_an_epoch():
@@ -141,16 +142,23 @@ def test_no_batches_are_those_of_an_epoch():
         next(training_losses(model, batch_at, Accelerator(cpu=True), 0))
 
 
-def test_a_quantised_weight_is_refused_before_any_pass(tmp_path):
-    model = small_model()
-    model.linear = Linear4bit(5, 7)
-    model.linear.weight.data = torch.zeros(18, 1, dtype=torch.uint8)
-    model.linear.weight.quant_state = None
-    method = NORA(options(basis="gradient", weighting="none"))
-    method.attach(model, method.config(["linear"]), ADAPTER_NAME, torch.Generator())
-    probe = Probe(not_again, not_again, torch.Generator(), tmp_path / "small.safetensors")
-    with pytest.raises(InputError, match=r"NoRA's basis is initialised from the gradient.*'linear' is quantised to torch.uint8"):
-        method.start(model, probe, ADAPTER_NAME)
+def test_a_quantised_weight_has_the_gradient_of_its_dequantised_value():
+    torch.manual_seed(0)
+    quantised = nn.Sequential(Linear4bit(64, 64, compute_dtype=torch.float32), nn.Tanh(), Linear4bit(64, 3)).to("cpu")
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    for ours, theirs in zip(plain[::2], quantised[::2], strict=True):
+        ours.weight.data, ours.bias.data = dequantized_weight(theirs).float(), theirs.bias.data.float()
+
+    def losses(model, count):
+        for index in range(count):
+            yield model(torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(index))).square().sum()
+
+    found = dict(mean_gradients(dict(quantised[::2].named_children()), partial(losses, quantised), 3))
+    expected = gradients_of(plain, losses(plain, 3), list(found))
+    assert len(found) == 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+    assert not any(layer._forward_hooks for layer in quantised)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +181,14 @@ def test_wrong_options_are_refused(changes, message):
 
 def test_all_components_of_sdxl_get_the_basis_of_the_denoising_loss_and_only_full_files(pipe, tmp_path, caplog):
     chosen = AdapterOptions(
-        "nora", rank=RANK, inner_r=2, gradient_batches=2, basis="gradient", weighting="none", train_text_encoder=True
+        "nora",
+        rank=RANK,
+        inner_r=2,
+        gradient_batches=2,
+        basis="gradient",
+        outer_dtype="base",
+        weighting="none",
+        train_text_encoder=True,
     )
     components = adapters.attach(pipe, chosen)
     losses = partial(training_losses, DenoisingLoss(pipe), subject_batch, Accelerator(cpu=True))
@@ -202,7 +217,8 @@ def test_all_components_of_sdxl_get_the_basis_of_the_denoising_loss_and_only_ful
 
 
 def test_an_encoder_of_clip_gets_the_basis_of_the_classification_loss(tmp_path):
-    chosen, clip = AdapterOptions("nora", rank=RANK, inner_r=2, basis="gradient", gradient_batches=0), toy_clip()
+    changes = {"rank": RANK, "inner_r": 2, "basis": "gradient", "outer_dtype": "base", "gradient_batches": 0}
+    chosen, clip = AdapterOptions("nora", **changes), toy_clip()
     components = few_shot.attach(clip, chosen, few_shot.TargetLayers(encoders="image"))
     batch_at = partial(class_batch, clip, "image")
     losses = partial(training_losses, class_loss(clip, "image"), batch_at, Accelerator(cpu=True), per_epoch=2)
@@ -282,22 +298,3 @@ def test_an_encoder_of_clip_is_given_ranks_under_a_budget(tmp_path):
     layers = tuner_layers(components["image"]).values()
     smallest = min(2 * layer.inner_r[ADAPTER_NAME] for layer in layers)
     assert 300 - smallest < counted(components) <= 300
-
-
-def test_without_gradients_of_quantised_weights_all_inner_ranks_are_equal_and_the_log_says_so(tmp_path, caplog):
-    model = small_model()
-    model.linear = Linear4bit(5, 7).to("cpu")
-    method = NORA(options(weighting="none", parameter_budget=60))
-    method.attach(model, method.config(["linear", "unread"]), ADAPTER_NAME, torch.Generator())
-
-    def losses(count):
-        for _ in range(count):
-            yield model.unread(torch.ones(1, 5)).square().sum()
-
-    probe = Probe(not_again, losses, torch.Generator(), tmp_path / "small.safetensors")
-    with caplog.at_level(logging.INFO):
-        method.prepare_start({"": model}, {"": probe}, ADAPTER_NAME)
-    assert "1 of 2 layers have no gradient, as their weights are quantised" in caplog.text
-    inner = [layer.inner_r[ADAPTER_NAME] for layer in tuner_layers(model).values()]
-    assert max(inner) - min(inner) <= 1
-    assert 50 < counted({"": model}) <= 60

@@ -3,13 +3,16 @@
 import functools
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
 from peft.utils.integrations import dequantize_module_weight
+from test_lora_one import subject_batch
 from tiny_clip import images, prompts, tiny_clip
 from tiny_options import TINY
 from tiny_pipeline import image, tiny_pipeline
@@ -33,6 +36,8 @@ from pipelines.optimizers import Adam
 from pipelines.quantization import compute_dtype, quantize_linear_layers, summary
 from pipelines.subject import adapters
 from pipelines.subject.base_model import QUANTIZED_COMPONENTS, load_base_model, quantization_errors, quantize_components
+from pipelines.subject.loss import DenoisingLoss
+from training.engine.loop import training_losses
 
 LINEAR, CONVOLUTIONS = ["to_q", "to_v"], ["conv1"]
 METHODS = [name for name in method_names() if method_named(name).adapts_quantized_layers]
@@ -75,7 +80,8 @@ def adapted(pipe, method, cache, unquantized=None):
     targets = [*LINEAR, *(CONVOLUTIONS if method_named(method).adapts_convolutions else [])]
     options = AdapterOptions(method=method, rank=4, inner_r=2, **TINY, target_modules=targets)
     components = adapters.attach(pipe, options)
-    adapters.start(options, components, {"unet": lambda: run(pipe)}, cache, 0, unquantized=unquantized)
+    losses = partial(training_losses, DenoisingLoss(pipe), subject_batch, Accelerator(cpu=True))
+    adapters.start(options, components, {"unet": lambda: run(pipe)}, cache, 0, losses, unquantized=unquantized)
     return components
 
 
