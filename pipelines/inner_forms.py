@@ -1,4 +1,4 @@
-"""Checks of the form of a trained r x r matrix between outer factors, before the adapter library is imported."""
+"""The forms of NoRA and their checks, before the adapter library is imported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ INNER_FORMS = (
     "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "diagonal", "symmetric", "antisymmetric",
     "sparse_low_rank",
 )  # fmt: skip
+INNER_INITS = ("zero", "gaussian", "uniform", "orthogonal", "singular_values")
+OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
+CALIBRATIONS, INNER_DTYPES, OUTER_DTYPES = ("data", "base"), ("float32", "float16", "int8"), ("base", "int4")
+WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
+GRADIENT_SCALES = ("mean", "gradient")
+BASES = ("weight", "gradient", "mixed")
+NOT_DIAGONAL = ("diagonal_low_rank", "covariance")
 # Those whose size does not depend on the inner rank.
 WITHOUT_INNER_RANK = ("full", "block_diagonal", "diagonal")
 DIVIDED, SPARSE = "block_diagonal", "sparse_low_rank"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from pipelines import inner_forms as allowed
 from pipelines.adapter_method import (
     ADAPTER_NAME,
     AdapterMethod,
@@ -20,14 +21,7 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.errors import InputError
-from pipelines.inner_forms import (
-    INNER_FORMS,
-    WITHOUT_INNER_RANK,
-    check_combinations,
-    check_inner_form,
-    check_scaling,
-    check_slice,
-)
+from pipelines.inner_forms import WITHOUT_INNER_RANK, check_combinations, check_inner_form, check_scaling, check_slice
 from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least, below_one, check_choices, one_of, within
@@ -43,13 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# As in `nora_vision`, which is not imported here.
-INNER_INITS = ("zero", "gaussian", "uniform", "orthogonal", "singular_values")
-OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
-CALIBRATIONS, INNER_DTYPES, OUTER_DTYPES = ("data", "base"), ("float32", "float16", "int8"), ("base", "int4")
-WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
-GRADIENT_SCALES = ("mean", "gradient")
-BASES = ("weight", "gradient", "mixed")
 # In the state of a checkpoint.
 DECOMPOSITION = "decomposition"
 # Options that are fields of `NoraConfig` too.
@@ -76,14 +63,14 @@ class NoraOptions:
         "initialisation of the inner factors: zero, gaussian, uniform, orthogonal, or singular_values (those that the outer "
         "factors do not contain)",
         "NoRA inner_init (initialisation of the inner factors)",
-        choices=INNER_INITS,
+        choices=allowed.INNER_INITS,
     )
     inner_form: str = option(
         "serial",
         "form of the trained r x r matrix M between the outer factors: serial (B' A'), parallel (B' P + P^T A'), a_side, b_side, "
         "full, block_diagonal, diagonal, symmetric, antisymmetric or sparse_low_rank; see docs/nora-forms.md for the equations",
         "NoRA inner_form (form of the trained matrix)",
-        choices=INNER_FORMS,
+        choices=allowed.INNER_FORMS,
     )
     inner_blocks: int = option(
         1,
@@ -106,7 +93,7 @@ class NoraOptions:
         "place of the weight's singular values in the outer factors: B, A, split (square roots on both), mean (only their mean, "
         "on B) or none; none with inner_init singular_values is the form of the preprint, arXiv 2408.10280",
         "NoRA outer_scaling (place of the singular values)",
-        choices=OUTER_SCALINGS,
+        choices=allowed.OUTER_SCALINGS,
     )
     preserve_output: bool = option(
         False,
@@ -124,34 +111,35 @@ class NoraOptions:
         "inputs of the activation scale: the training data, or base for fixed ones, without any of yours; the compact file is "
         "then smaller, and the scale is computed again on loading",
         "NoRA calibration (inputs of the activation scale)",
-        choices=CALIBRATIONS,
+        choices=allowed.CALIBRATIONS,
     )
     inner_dtype: str = option(
         "float32",
         "dtype of the trained factors in the compact file: float32, float16 or int8 with one step for each factor; they are "
         "rounded before they are measured and exported",
         "NoRA inner_dtype (of the trained factors in the compact file)",
-        choices=INNER_DTYPES,
+        choices=allowed.INNER_DTYPES,
     )
     outer_dtype: str = option(
         "int4",
         "precision of outer factors that the base weights do not determine, such as those of basis gradient: int4, rounded to 4 "
         "bits before the training, so that the compact file can contain them, or base, that of the base weights",
         "NoRA outer_dtype (of stored outer factors)",
-        choices=OUTER_DTYPES,
+        choices=allowed.OUTER_DTYPES,
+        before_it_existed="base",
     )
     weighting: str = option(
         "diagonal",
         "weighting of the outer factors by each layer's inputs: none, diagonal (root mean square), quantile, trimmed or huber "
         "(diagonals that few large values do not change), diagonal_low_rank, or covariance (8 n^2 bytes per layer of n inputs)",
         "NoRA weighting (of the outer factors)",
-        choices=WEIGHTINGS,
+        choices=allowed.WEIGHTINGS,
     )
     basis: str = option(
         "weight",
         "what the outer factors are taken from: weight, gradient (of the training loss at the base model), or mixed",
         "NoRA basis (of the outer factors)",
-        choices=BASES,
+        choices=allowed.BASES,
     )
     gradient_batches: int = option(
         0, "batches for the mean gradient of the bases gradient and mixed; 0 for those of one epoch", "Gradient batches"
@@ -161,7 +149,7 @@ class NoraOptions:
         "mean",
         "size of the gradient's directions: mean (of the weight's leading singular values) or gradient (its singular values)",
         "NoRA gradient scale",
-        choices=GRADIENT_SCALES,
+        choices=allowed.GRADIENT_SCALES,
     )
     loftq_start: bool = option(
         False,
@@ -188,7 +176,7 @@ class NoraOptions:
         above_zero(self, "lora_plus_ratio")
         within(self, 0, 1, "gradient_share")
         # The base calibration has the diagonal scale alone.
-        one_of(self, ("diagonal",) if self.calibration == "base" else WEIGHTINGS, "weighting")
+        one_of(self, ("diagonal",) if self.calibration == "base" else allowed.WEIGHTINGS, "weighting")
         check_combinations(self)
 
 
@@ -268,7 +256,7 @@ class Nora(AdapterMethod):
     @property
     def _is_recomputable(self) -> bool:
         """As `NoraConfig.is_recomputable`."""
-        return self.options.basis == "weight" and self.options.weighting not in ("diagonal_low_rank", "covariance")
+        return self.options.basis == "weight" and self.options.weighting not in allowed.NOT_DIAGONAL
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny_pipeline import image, tiny_pipeline
 
+from nora_vision.config import OuterDtype
 from nora_vision.inner import InnerFormName, InnerInit
 from nora_vision.outer import OuterScaling
+from nora_vision.weighting import NOT_DIAGONAL, WEIGHTINGS
+from pipelines import inner_forms
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
-from pipelines.methods import nora
 from pipelines.subject import adapters
 
 FORMS = [
@@ -44,9 +46,11 @@ def loaded(path):
 
 
 def test_the_choices_are_those_of_the_library():
-    assert get_args(InnerFormName) == nora.INNER_FORMS
-    assert get_args(InnerInit) == nora.INNER_INITS
-    assert get_args(OuterScaling) == nora.OUTER_SCALINGS
+    assert get_args(InnerFormName) == inner_forms.INNER_FORMS
+    assert get_args(InnerInit) == inner_forms.INNER_INITS
+    assert get_args(OuterScaling) == inner_forms.OUTER_SCALINGS
+    assert get_args(OuterDtype) == inner_forms.OUTER_DTYPES
+    assert (*WEIGHTINGS, *NOT_DIAGONAL) == (*inner_forms.WEIGHTINGS, *inner_forms.NOT_DIAGONAL)
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda options: options["inner_form"])

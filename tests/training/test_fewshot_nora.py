@@ -496,7 +496,7 @@ def test_a_run_on_a_model_in_4_bits_reports_what_that_lost_and_loads_onto_full_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--method lora_one --quantize nf4", "LoRA-One does not support quantized layers"),
+        ("--method lora_ga --quantize nf4", "LoRA-GA does not support quantized layers"),
         ("--method loftq", "LoftQ would start from what quantisation removes"),
         ("--method nora --quantize nf4 --export lora merged", "export merged merges the adapter into weights in full precision"),
     ],

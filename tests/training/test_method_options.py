@@ -117,7 +117,7 @@ def test_an_option_without_effect_beside_the_others_is_named(given, flags):
 
 
 def test_an_option_that_one_of_several_methods_uses_is_not_named():
-    given = ["--gradient_batches", "3", "--method", "nora"]
+    given = ["--gradient_batches", "3", "--basis", "weight", "--method", "nora"]
     (sentence,) = parse_fewshot_options(given).method.unused()
     assert sentence == "--gradient_batches 3 has no effect on NoRA with the values of the other options."
     assert parse_fewshot_options([*given, "lora_one"]).method.unused() == []

@@ -20,7 +20,7 @@ FITTING = {
     "rank": 12, "resolution": 64, "aspect_ratio_buckets": "64,64", "size_conditioning": "image",
     "method": "dora", "inner_init": "gaussian", "inner_form": "parallel", "inner_blocks": 2, "num_subspaces": 2,
     "outer_scaling": "split", "outer_slice": "2/3", "calibration": "base", "inner_dtype": "int8", "weighting": "huber",
-    "basis": "gradient", "gradient_scale": "gradient",
+    "basis": "mixed", "gradient_scale": "gradient", "outer_dtype": "base",
     "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
     "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
     "hub_model_id": "a/b", "adam_beta1": 0.5, "adam_beta2": 0.1 + 0.2, "ema_decay": 0.5, "dropout": 0.125,
@@ -36,7 +36,11 @@ NEEDED = {
     "loftq_start": {"model": {"quantize": "nf4"}},
 }
 # The same for options of the same group.
-NEEDED_BESIDE = {"inner_blocks": {"inner_form": "block_diagonal"}, "sparse_entries": {"inner_form": "sparse_low_rank"}}
+NEEDED_BESIDE = {
+    "inner_blocks": {"inner_form": "block_diagonal"},
+    "sparse_entries": {"inner_form": "sparse_low_rank"},
+    "outer_slice": {"basis": "weight"},
+}
 FOLDERS = ("data_dir", "instance_data_dir", "class_data_dir", "cache_dir")
 
 
