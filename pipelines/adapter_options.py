@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pipelines.adapter_method import AdapterMethod
 from pipelines.errors import InputError
-from pipelines.methods import DEFAULT, method_named, method_names, title_of
+from pipelines.methods import AUTO, DEFAULT, method_named, method_names, title_of
 from pipelines.run_options import Task
 
 Group = TypeVar("Group", bound=type)
@@ -246,7 +246,9 @@ def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
 class AdapterOptions:
     """The adapter: its method, the method's options, and the layers that it changes."""
 
-    method: str = field(default=DEFAULT, metadata={"help": f"Adapter method: {', '.join(method_names())}."})
+    method: str = field(
+        default=DEFAULT, metadata={"help": f"Adapter method: {', '.join(method_names())}; or {AUTO}, which is {DEFAULT}."}
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -259,6 +261,8 @@ class AdapterOptions:
     _argument_group_name = "adapter"
 
     def __post_init__(self) -> None:
+        if self.method == AUTO:
+            self.method = DEFAULT
         # Raises an error for an unknown method.
         method_named(self.method)
         fill_in(self, "subject", False, [self.method])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "nora_vision.methods"
 # The default method, and the one that methods are compared with.
 DEFAULT, REFERENCE = "nora", "lora"
+# The value of --method that leaves the choice to the recipe; see docs/arena.md.
+AUTO = "auto"
 # Python 3.11's parser fails with a SystemError if another thread parses at the same time.
 _PARSING = Lock()
 

@@ -464,16 +464,25 @@ def test_iterations_scale_with_shots():
     assert {replace(optimisation, max_train_steps=7).steps(shots) for shots in (1, 16)} == {7}
 
 
-def test_nora_has_at_most_a_tenth_of_loras_parameters_by_default():
-    options = FewShotOptions()
+@pytest.mark.parametrize(
+    ("clip", "share", "layers"),
+    [
+        # Three image layers and two text layers.
+        (ClipOptions(), 0.3, [160] * 3 + [128] * 2),
+        (ClipOptions("ViT-B-16", "openai"), 0.1, [768] * 12 + [512] * 12),
+    ],
+)
+def test_nora_has_fewer_parameters_and_a_smaller_file_than_lora_by_default(clip, share, layers):
+    options = FewShotOptions(clip)
     lora, nora = options.adapter("lora"), options.adapter("nora")
-    # The built-in model: three image layers 160 wide, two text layers 128 wide; q, k and v of each, or v alone.
     assert options.target_layers.projections_of("lora") == ["q", "k", "v"]
     assert options.target_layers.projections_of("nora") == ["v"]
-    assert 10 * 5 * 2 * nora.rank * nora.inner_r <= 2 * lora.rank * (9 * 160 + 6 * 128)
-    # ViT-B/16: twelve image layers 768 wide, twelve text layers 512 wide.
-    large = FewShotOptions(ClipOptions("ViT-B-16", "openai")).adapter("nora")
-    assert 10 * 24 * 2 * large.rank * large.inner_r <= 2 * lora.rank * (36 * 768 + 36 * 512)
+    of_lora, of_nora = 3 * lora.rank * sum(2 * width for width in layers), len(layers) * 2 * nora.rank * nora.inner_r
+    assert of_nora <= share * of_lora
+    # Two outer directions of 4 bits to a byte; trained factors in float32.
+    assert nora.basis == "gradient"
+    assert nora.outer_dtype == "int4"
+    assert nora.rank * sum(2 * width for width in layers) / 2 + 4 * of_nora < 4 * of_lora
 
 
 def test_a_run_on_a_model_in_4_bits_reports_what_that_lost_and_loads_onto_full_precision(random_clip, class_folders, tmp_path):

@@ -10,8 +10,9 @@ from typing import Any
 from pipelines.adapter_options import changed_options_of, method_flags
 from pipelines.built_in import BUILT_IN_CLIP_NAME, recorded_name
 from pipelines.errors import InputError
-from pipelines.methods import method_names
+from pipelines.methods import AUTO, method_names
 from pipelines.run_options import Task, run_options, task_of
+from training.options.fewshot import AUTO_METHODS
 from training.runs.record import RunRecord
 
 # Options of outputs, the length of the training and the batch preparation, which may change.
@@ -76,6 +77,7 @@ def _changed_method_options(before: dict[str, Any], now: dict[str, Any], task: T
     group = now[METHOD_GROUPS[task]]
     built_in = task == "few-shot" and now["model"]["model"] == BUILT_IN_CLIP_NAME
     names = [group["method"]] if isinstance(group["method"], str) else group["method"]
+    names = AUTO_METHODS if names == [AUTO] else names
     # The others are baselines, without options.
     adapters = [name for name in names if name in method_names()]
     changes = (change for name in adapters for change in changed_options_of(name, before, group, task, built_in))

@@ -28,6 +28,6 @@ def estimated_seconds(options: FewShotOptions, num_classes: int, fewest: int, nu
         per_step = optimisation.train_batch_size * optimisation.gradient_accumulation_steps
         seconds += num_adapters * optimisation.steps(per_class) * per_step * TRAINED
         # For the baselines, all views of the training images; all other images once for them, and once for each adapter.
-        views = options.data.views if len(options.method.method) > num_adapters else 0
+        views = options.data.views if len(options.method.methods()) > num_adapters else 0
         seconds += (num_train * views + (num_tested + num_validation) * (1 + num_adapters)) * ENCODED
     return START + seconds * len(options.data.seeds)

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from statistics import fmean
 
+from pipelines.fewshot.baselines import BASELINES
 from pipelines.fewshot.metric_values import Interval
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.shots import Shots
 from training.fewshot.experiment import Experiment, split_keys
 from training.fewshot.trials import Trial, representative_trial
 from training.options.fewshot import FewShotOptions
-from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult
+from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult, ValidationResult
+from training.runs.naming import variant_title
 from training.runs.progress import PlannedPhase
 from training.runs.run_files import FITTING, REPORTING
 
@@ -30,7 +32,7 @@ MEANS = {
 
 def trials_of(options: FewShotOptions) -> list[Trial]:
     """All trials of a run, split by split."""
-    return [Trial(*key, method) for key in split_keys(options.data) for method in options.method.method]
+    return [Trial(*key, method) for key in split_keys(options.data) for method in options.method.methods()]
 
 
 def phases(results: Sequence[TrialResult], trials: Sequence[Trial]) -> list[PlannedPhase]:
@@ -57,8 +59,9 @@ def report_of(
         results: of all trials of the methods that did not fail.
         failed: the reasons of the other methods.
     """
-    methods = [method for method in options.method.method if method not in failed]
-    trial = representative_trial(options, methods)
+    methods = [method for method in options.method.methods() if method not in failed]
+    accuracies = validation_accuracies(results) if options.method.is_automatic else {}
+    trial = representative_trial(options, [max(accuracies, key=accuracies.__getitem__)] if accuracies else methods)
     (classifier,) = (
         one.folder for one in results if (one.shots, one.seed, one.method) == (trial.shots, trial.seed, trial.method)
     )
@@ -79,7 +82,24 @@ def report_of(
         classifier=classifier,
         quantization_errors=dict(experiment.clip.quantization_errors),
         failed=dict(failed),
+        validation_accuracies=accuracies,
     )
+
+
+def validation_accuracies(results: Sequence[TrialResult]) -> dict[str, float]:
+    """The accuracy of each method on the validation images of all splits, adapters first, so that they win ties."""
+    images: dict[str, list[ValidationResult]] = {}
+    for result in sorted(results, key=lambda one: one.method in BASELINES):
+        images.setdefault(result.method, []).append(result.validation)
+    return {name: sum(one.top1 * one.count for one in each) / sum(one.count for one in each) for name, each in images.items()}
+
+
+def choice(report: FewShotReport) -> str:
+    """Which method a run with --method auto has chosen, in a sentence; empty for other runs."""
+    if not report.validation_accuracies:
+        return ""
+    accuracies = ", ".join(f"{variant_title(name)} {share:.1%}" for name, share in report.validation_accuracies.items())
+    return f"{variant_title(report.representative.method)} was chosen by the accuracy on validation images: {accuracies}."
 
 
 def _dataset_summary(experiment: Experiment, duplicates: Sequence[str]) -> DatasetSummary:

@@ -72,7 +72,7 @@ def representative_trial(options: FewShotOptions, methods: Sequence[str] | None 
     Args:
         methods: those to choose from; None for all.
     """
-    methods = options.method.method if methods is None else methods
+    methods = options.method.methods() if methods is None else methods
     adapters = [method for method in methods if method in options.method.adapters()] or methods[-1:]
     method = DEFAULT if DEFAULT in adapters else adapters[0]
     shots = max(options.data.all_shots(), key=lambda number: float("inf") if number == ALL else number)

@@ -16,12 +16,14 @@ from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import MOST_VALIDATION, Shots
 from pipelines.fewshot.target_layers import TargetLayers
-from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names, title_of
+from pipelines.methods import AUTO, DEFAULT, REFERENCE, method_named, method_names, title_of
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
 from training.options.output import RunOptions
 
 DEFAULT_METHODS = ("zeroshot", "pixels", "linear_probe", REFERENCE, DEFAULT)
+# AUTO takes the one with the higher accuracy on the validation images. Next to the adapter, the probe costs nothing.
+AUTO_METHODS = ("linear_probe", DEFAULT)
 ALL = "all"
 NEED_FULL_PRECISION = ("merged", "torch", "onnx")
 EXPORTS = ("lora", *NEED_FULL_PRECISION)
@@ -183,22 +185,33 @@ class FewShotMethodOptions:
 
     method: list[str] = field(
         default_factory=lambda: list(DEFAULT_METHODS),
-        metadata={"help": f"Methods to train and compare: {', '.join(BASELINES)}, {', '.join(method_names())}."},
+        metadata={
+            "help": f"Methods to train and compare: {', '.join(BASELINES)}, {', '.join(method_names())}; or {AUTO}, for the one "
+            f"of {' and '.join(AUTO_METHODS)} that is better on the validation images."
+        },
     )
 
     _argument_group_name = "method"
 
     def __post_init__(self) -> None:
         methods = (*BASELINES, *method_names())
-        wrong = [name for name in self.method if name not in methods]
+        wrong = [name for name in self.methods() if name not in methods]
         if wrong or not self.method or len(set(self.method)) < len(self.method):
-            raise InputError(
-                f"method must be one or more of {', '.join(methods)}, each once, got {' '.join(self.method) or 'nothing'}."
-            )
+            given = " ".join(self.method) or "nothing"
+            raise InputError(f"method must be {AUTO}, or one or more of {', '.join(methods)}, each once, got {given}.")
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the run chooses its method on the validation images."""
+        return self.method == [AUTO]
+
+    def methods(self) -> list[str]:
+        """The methods to train."""
+        return list(AUTO_METHODS) if self.is_automatic else self.method
 
     def adapters(self) -> list[str]:
-        """The chosen methods that adapt the encoders."""
-        return [name for name in self.method if name not in BASELINES]
+        """The methods to train that adapt the encoders."""
+        return [name for name in self.methods() if name not in BASELINES]
 
     def unused(self) -> list[str]:
         """A warning for each given option that has no effect."""

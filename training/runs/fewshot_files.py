@@ -218,6 +218,7 @@ class FewShotReport(RunFile):
         classifier: folder of the trial that represents the run, relative to the run's directory.
         quantization_errors: ||Q(W) - W|| / ||W|| of the base model's quantised encoders, by name.
         failed: why a method could not be fitted, by method.
+        validation_accuracies: by method, in a run that has chosen its method by them; empty in others.
     """
 
     NAME: ClassVar[str] = "report.json"
@@ -236,6 +237,7 @@ class FewShotReport(RunFile):
     classifier: str
     quantization_errors: Mapping[str, float] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    validation_accuracies: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def representative(self) -> TrialResult:
