@@ -44,7 +44,7 @@ from nora_vision import NoraConfig
 from pipelines.mini_clip import WEIGHTS_FILE
 from training import arena, dreambooth_nora, fewshot_nora
 from training.options import parse_options
-from training.options.arena import parse_arena_options
+from training.options.arena import DIGITS, parse_arena_options
 from training.options.fewshot import parse_fewshot_options
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
@@ -148,9 +148,10 @@ class Workspace:
         self.path, self.patch = path, patch
         path.mkdir()
         for entry in ROOT.iterdir():
-            if not entry.name.startswith((".git", "runs", "uploads")) and entry.name != "assets":
+            if not entry.name.startswith((".git", "runs", "uploads")) and entry.name not in ("assets", "docs"):
                 (path / entry.name).symlink_to(entry)
-        # Its own folder, since a documented command writes a file into it.
+        # Folders of its own, since documented commands write files into them.
+        shutil.copytree(ROOT / "docs", path / "docs")
         (path / "assets").mkdir()
         for entry in (ROOT / "assets").iterdir():
             if entry.is_dir():
@@ -279,7 +280,11 @@ def train_classifier(workspace: Workspace, *words: str) -> None:
 
 def compare_methods(workspace: Workspace, *words: str) -> None:
     """The arena with all that the command names, without its trainings: tests/training/test_arena.py has them."""
-    arena.main(parse_arena_options([*words, "--report_only"]))
+    options = parse_arena_options([*words, "--report_only"])
+    for name in options.data.datasets:
+        if name != DIGITS and not (workspace.path / name).exists():
+            write_files(workspace.path / name, class_files({"cats": 8, "dogs": 8, "fish": 8}))
+    arena.main(options)
 
 
 def run_module(workspace: Workspace, module: str, *words: str) -> None:
