@@ -189,9 +189,12 @@ class NoraConfig(PeftConfig):
         if not self.inner_std > 0:
             raise ValueError(f"inner_std must be above 0, got {self.inner_std}.")
         self._check_ranks()
+        self._check_outer_factors()
+        check_inner_form(self.inner_form, self._inner_form(self.r, self.inner_r), self.inner_init)
+
+    def _check_outer_factors(self) -> None:
         if parse_slice(self.outer_slice)[1] > 1 and self.basis != "weight":
             raise ValueError(f"outer_slice must be 1/1 for the basis {self.basis!r}, got {self.outer_slice}. Set basis='weight'.")
-        check_inner_form(self.inner_form, self._inner_form(self.r, self.inner_r), self.inner_init)
         if self.outer_dtype == "int4" and self.is_recomputable:
             raise ValueError(
                 "outer_dtype must be 'base' for outer factors that are computed again from the base weights, got 'int4'. Leave "

@@ -56,8 +56,7 @@ def initialize_nora_weights(
     layers = _checked_layers(model, adapter_name, stats, factors)
     for done, (name, layer) in enumerate(layers.items(), start=1):
         # Given factors are not those of a scale.
-        no_scale = stats is None or factors is not None
-        _set_scale(layer, adapter_name, None if no_scale else stats.scale(name, config.weighting), calibration)
+        _set_scale(layer, name, adapter_name, config, stats if factors is None else None, calibration)
         with _unquantized_weight(layer, name, unquantized):
             _set_outer_factors(layer, name, adapter_name, config, stats, factors)
             _start_inner_factors(layer, adapter_name, config, generator, loftq_start)
@@ -106,11 +105,18 @@ def _start_inner_factors(
         _start_at_residual(layer, adapter_name)
 
 
-def _set_scale(layer: NoraLayer, adapter_name: str, statistics: torch.Tensor | None, calibration: Calibration) -> None:
-    """Set the activation scale of the adapter from `statistics` (in,); to ones for None."""
+def _set_scale(
+    layer: NoraLayer,
+    name: str,
+    adapter_name: str,
+    config: NoraConfig,
+    stats: ActivationStatistics | None,
+    calibration: Calibration,
+) -> None:
+    """Set the activation scale of the adapter from the statistics of the layer `name`; to ones without any."""
     scale = layer.nora_activation_scale[adapter_name]
     rounded = coarse_scale if calibration == "base" else relative_scale
-    scale.copy_(torch.ones_like(scale) if statistics is None else rounded(statistics))
+    scale.copy_(torch.ones_like(scale) if stats is None else rounded(stats.scale(name, config.weighting)))
 
 
 def _set_outer_factors(
@@ -124,13 +130,28 @@ def _set_outer_factors(
     """Set the layer's outer factors to those in `factors`, or to those from its weight and activation scale."""
     if factors is not None:
         scaled = scaled_outer_factors(factors[name].up.double(), factors[name].down.double(), config.outer_scaling)
-        layer.set_outer_factors(adapter_name, *rounded_outer_factors(*scaled, config.outer_dtype))
+        _set_stored_outer_factors(layer, name, adapter_name, config, *scaled)
     elif stats is not None and config.weighting in NOT_DIAGONAL:
         weighted = weighted_factors(layer, adapter_name, name, stats.root(name, config.weighting))
-        layer.set_outer_factors(adapter_name, *rounded_outer_factors(*weighted, config.outer_dtype))
+        _set_stored_outer_factors(layer, name, adapter_name, config, *weighted)
     else:
         layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
         record_reproducible(layer, adapter_name)
+
+
+def _set_stored_outer_factors(
+    layer: NoraLayer, name: str, adapter_name: str, config: NoraConfig, B: torch.Tensor, A: torch.Tensor
+) -> None:
+    """Set outer factors that files must contain, rounded to the configured precision."""
+    rounded = rounded_outer_factors(B, A, config.outer_dtype)
+    layer.set_outer_factors(adapter_name, *rounded)
+    stored = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
+    if config.outer_dtype == "int4" and not all(torch.equal(a.to(b), b) for a, b in zip(stored, rounded, strict=True)):
+        raise ValueError(
+            f"The outer factors of {name!r} must be at least {torch.finfo(stored[0].dtype).smallest_normal:.1g} or 0 in "
+            f"{stored[0].dtype} to be exact in 4 bits, but some are smaller. Use bfloat16 or float32 weights, or "
+            "outer_dtype='base'."
+        )
 
 
 def _checked_layers(

@@ -77,13 +77,19 @@ def packed_shapes(shapes: Mapping[str, Shape], stored: Mapping[str, TensorEntry]
             expected[kind] = (len(names), 1 + PROJECTIONS)
         elif kind == SCALE:
             expected[kind] = entry.shape[:1] if entry is not None else (1,)
-        elif kind in OUTER_AXES:
-            expected[kind] = ((sum(prod(shapes[name]) for name in names) + 1) // 2,)
-            expected[kind + STEP] = (sum(shapes[name][OUTER_AXES[kind]] for name in names),)
         else:
-            expected[kind] = (sum(prod(shapes[name]) for name in names),)
-            if entry is not None and entry.dtype == torch.int8:
-                expected[kind + STEP] = (len(names),)
+            expected |= _packed_factor_shapes(kind, [shapes[name] for name in names], entry)
+    return expected
+
+
+def _packed_factor_shapes(kind: str, shapes: Sequence[Shape], entry: TensorEntry | None) -> dict[str, Shape]:
+    """The shapes of factors of `shapes` and of their steps."""
+    total = sum(map(prod, shapes))
+    if kind in OUTER_AXES:
+        return {kind: ((total + 1) // 2,), kind + STEP: (sum(shape[OUTER_AXES[kind]] for shape in shapes),)}
+    expected: dict[str, Shape] = {kind: (total,)}
+    if entry is not None and entry.dtype == torch.int8:
+        expected[kind + STEP] = (len(shapes),)
     return expected
 
 
@@ -136,8 +142,18 @@ def _pack_factors(kind: str, parts: Sequence[torch.Tensor]) -> dict[str, torch.T
 
 
 def _pack_outer_factors(kind: str, parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Directions in 4 bits, two entries to a byte, the first in its lower half."""
-    integers, steps = zip(*(int4_directions(part, OUTER_AXES[kind]) for part in parts), strict=True)
+    """Directions in 4 bits, two entries to a byte, the first in its lower half.
+
+    Raises: AdapterFileError if they are not rounded to 4 bits.
+    """
+    axis = OUTER_AXES[kind]
+    integers, steps = zip(*(int4_directions(part, axis) for part in parts), strict=True)
+    for part, quantised, step in zip(parts, integers, steps, strict=True):
+        if not torch.equal(directions_of_int4(quantised, step, axis).to(part.dtype), part):
+            raise AdapterFileError(
+                "The adapter is not saved as a compact file: outer_dtype is 'int4', but its outer factors are not rounded to 4 "
+                "bits. Save the full file, or start it with initialize_nora_weights."
+            )
     entries = torch.cat([part.flatten() for part in integers]) + INT4_LIMIT + 1
     low, high = torch.cat([entries, entries.new_zeros(len(entries) % 2)]).to(torch.uint8).view(-1, 2).unbind(dim=1)
     return {kind: low | (high << 4), kind + STEP: torch.cat(steps)}

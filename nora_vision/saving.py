@@ -104,14 +104,21 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
         check_compact(config, f"Adapter {adapter_name!r} of {where}")
         fields["compact"] = PACKED
         of_layers = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] in layers}
-        if config.is_recomputable:
-            of_layers = {name: tensor for name, tensor in of_layers.items() if not name.endswith(OUTER_FACTORS)}
-            for name, layer in layers.items():
-                of_layers[f"{name}.{PROBE}"] = reproducible_probe(layer, adapter_name, f"{where}.{name}")
-        packed, scales = pack(of_layers, base_calibration=config.calibration == "base")
+        packed, scales = _packed(of_layers, config, layers, adapter_name, where)
         metadata |= scales
     metadata[CONFIGURATION] = configuration_digest(fields)
     return packed | {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields
+
+
+def _packed(
+    tensors: dict[str, torch.Tensor], config: NoraConfig, layers: dict[str, NoraLayer], adapter_name: str, where: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of all layers as in a compact file, and metadata of its header."""
+    if not config.is_recomputable:
+        return pack(tensors, base_calibration=False)
+    probes = {f"{name}.{PROBE}": reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()}
+    recomputed = {name: tensor for name, tensor in tensors.items() if not name.endswith(OUTER_FACTORS)}
+    return pack(recomputed | probes, base_calibration=config.calibration == "base")
 
 
 def _write(folder: Path, part: Part) -> None:

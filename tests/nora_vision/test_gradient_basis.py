@@ -96,7 +96,7 @@ def test_the_scale_of_the_inputs_and_of_the_gradient_do_not_matter():
 # Adapters with such a basis
 
 
-def started(dtype=torch.float32, **fields):
+def started(dtype=torch.float32, calibration="data", **fields):
     model, (x,), targets = mlp()
     model.to(dtype)
     config = config_for(
@@ -108,7 +108,7 @@ def started(dtype=torch.float32, **fields):
                                         InputRoot.diagonal(torch.ones(layer.in_features)), layer.r["default"]))
         for name, layer in nora_layers(model).items()
     }  # fmt: skip
-    initialize_nora_weights(model, calibrate(model, lambda: model(x.to(dtype))), factors=factors)
+    initialize_nora_weights(model, calibrate(model, lambda: model(x.to(dtype))), factors=factors, calibration=calibration)
     return model, x, factors
 
 
@@ -123,7 +123,7 @@ def test_the_layers_get_the_given_factors_with_the_configured_scaling():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fields", [{}, {"basis": "mixed", "outer_scaling": "A"}])
+@pytest.mark.parametrize("fields", [{}, {"basis": "mixed", "outer_scaling": "A"}, {"calibration": "base"}])
 def test_a_compact_file_contains_outer_factors_of_4_bits_exactly(tmp_path, dtype, fields):
     model, x, factors = started(dtype, outer_dtype="int4", **fields)
     for name, layer in nora_layers(model).items():
@@ -159,6 +159,23 @@ def test_a_direction_of_zeros_and_an_odd_number_of_entries_are_stored(tmp_path):
     load_adapter(fresh, tmp_path)
     assert torch.equal(nora_layers(fresh)["second"].nora_B["default"], layer.nora_B["default"])
     assert not layer.nora_B["default"][:, 1].any()
+
+
+def test_factors_that_are_not_rounded_are_refused_as_a_compact_file(tmp_path):
+    model, _, _ = started(outer_dtype="int4")
+    layer = nora_layers(model)["second"]
+    layer.set_outer_factors("default", layer.nora_B["default"] + 1e-4, layer.nora_A["default"])
+    with pytest.raises(AdapterFileError, match=r"outer_dtype is 'int4', but its outer factors are not rounded"):
+        save_adapter(model, tmp_path / "compact", compact=True)
+    assert not (tmp_path / "compact").exists()
+
+
+def test_factors_too_small_for_half_precision_are_refused_before_the_training():
+    model = mlp()[0].half()
+    inject_adapter_in_model(config_for(["second"], r=8, basis="gradient", outer_dtype="int4", outer_init="awsvd"), model)
+    tiny = Factors(1e-6 * torch.randn(20, 8), torch.randn(8, 30))
+    with pytest.raises(ValueError, match=r"'second' must be at least 6e-05 or 0 in torch.float16 to be exact"):
+        initialize_nora_weights(model, factors={"second": tiny})
 
 
 def test_factors_that_the_weights_determine_are_not_rounded():
