@@ -55,7 +55,6 @@ def initialize_nora_weights(
     stats = None if config.weighting == "none" else stats
     layers = _checked_layers(model, adapter_name, stats, factors)
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        # Given factors are not those of a scale.
         _set_scale(layer, name, adapter_name, config, stats if factors is None else None, calibration)
         with _unquantized_weight(layer, name, unquantized):
             _set_outer_factors(layer, name, adapter_name, config, stats, factors)
@@ -113,7 +112,7 @@ def _set_scale(
     stats: ActivationStatistics | None,
     calibration: Calibration,
 ) -> None:
-    """Set the activation scale of the adapter from the statistics of the layer `name`; to ones without any."""
+    """Set the activation scale of the adapter from the statistics of the layer `name`; to ones without any, as for given factors."""
     scale = layer.nora_activation_scale[adapter_name]
     rounded = coarse_scale if calibration == "base" else relative_scale
     scale.copy_(torch.ones_like(scale) if stats is None else rounded(stats.scale(name, config.weighting)))
