@@ -112,7 +112,7 @@ def _set_scale(
     stats: ActivationStatistics | None,
     calibration: Calibration,
 ) -> None:
-    """Set the activation scale of the adapter from the statistics of the layer `name`; to ones without any, as for given factors."""
+    """Set the activation scale of the adapter from the statistics of the layer `name`; ones without any, as for given factors."""
     scale = layer.nora_activation_scale[adapter_name]
     rounded = coarse_scale if calibration == "base" else relative_scale
     scale.copy_(torch.ones_like(scale) if stats is None else rounded(stats.scale(name, config.weighting)))
