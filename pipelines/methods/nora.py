@@ -140,6 +140,7 @@ class NoraOptions:
         "what the outer factors are taken from: weight, gradient (of the training loss at the base model), or mixed",
         "NoRA basis (of the outer factors)",
         choices=allowed.BASES,
+        before_it_existed="weight",
     )
     gradient_batches: int = option(
         0, "batches for the mean gradient of the bases gradient and mixed; 0 for those of one epoch", "Gradient batches"

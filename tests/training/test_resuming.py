@@ -76,13 +76,22 @@ def earlier_and_later(task, **method):
 @pytest.mark.parametrize("task", ["subject", "few-shot"])
 @pytest.mark.parametrize("method", ["lora", "nora"])
 def test_a_default_that_changed_with_the_methods_that_share_its_flag_is_no_difference(task, method):
-    group, later = earlier_and_later(task, method=method)
+    group, later = earlier_and_later(task, method=method, basis="weight")
     before = copy.deepcopy(later)
     (name,) = (name for name, value in later.items() if value is group)
     del before[name]["basis"]
     before[name] |= {"gradient_batches": 8} | ({} if task == "subject" else {"lora_rank": 2})
     assert before[name]["gradient_batches"] != group["gradient_batches"]
     assert list(changed_options(before, later)) == []
+
+
+def test_a_run_of_a_version_without_a_basis_had_that_of_the_weight():
+    group, later = earlier_and_later("few-shot", method="nora")
+    before = copy.deepcopy(later)
+    del before["method"]["basis"], before["method"]["outer_dtype"]
+    assert group["basis"] == "gradient"
+    changes = ["basis: 'weight' before, 'gradient' now", "outer_dtype: 'base' before, 'int4' now"]
+    assert list(changed_options(before, later)) == changes
 
 
 @pytest.mark.parametrize("task", ["subject", "few-shot"])
