@@ -82,7 +82,8 @@ def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibrati
     header = read_header(weights, ALLOWED_DTYPES[layout])
     _check_metadata(header.metadata, weights)
     shared = _shared_scales(header.metadata, weights) if layout == EARLIER else {}
-    of_layers = _expected_shapes(model, config, layout, shared, weights)
+    recomputed = layout != FULL and config.is_recomputable
+    of_layers = _expected_shapes(model, config, recomputed, shared, weights)
     in_full = _shapes_trained_in_full(model, config)
     expected = packed_shapes(of_layers, header.tensors) if layout == PACKED else of_layers
     _compare({_plain(name): entry.shape for name, entry in header.tensors.items()}, expected | in_full, weights)
@@ -97,7 +98,7 @@ def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibrati
         tensors = unpacked | {name: tensors[name] for name in in_full}
     tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
     _check_scales(tensors, weights)
-    return AdapterFile(config, tensors, folder, recomputed=layout != FULL and config.is_recomputable)
+    return AdapterFile(config, tensors, folder, recomputed)
 
 
 def _check_scales(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -219,7 +220,7 @@ def _shared_scales(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
 
 
 def _expected_shapes(
-    model: nn.Module, config: NoraConfig, layout: bool | str, shared: Mapping[str, str], path: Path
+    model: nn.Module, config: NoraConfig, recomputed: bool, shared: Mapping[str, str], path: Path
 ) -> dict[str, Shape]:
     """The shapes, by name, of the tensors of all adapted layers, before packing, with this configuration on this model."""
     shapes: dict[str, Shape] = {}
@@ -238,7 +239,6 @@ def _expected_shapes(
         if name not in shared:
             shapes[f"{name}.{SCALE}"] = (in_features,)
         probe = {f"{name}.{PROBE}": (1 + EARLIER_PROJECTIONS,)}
-        recomputed = layout != FULL and config.is_recomputable
         shapes |= probe if recomputed else _outer_shapes(name, out_features, in_features, form.r)
     for name, owner in shared.items():
         if inputs.get(name, -1) != inputs.get(owner) or f"{owner}.{SCALE}" not in shapes:

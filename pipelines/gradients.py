@@ -113,8 +113,8 @@ def _adding_products_to(total: torch.Tensor) -> Callable[..., torch.Tensor]:
     return hook
 
 
-def check_differentiable(base_layers: Mapping[str, nn.Module], title: str) -> None:
-    """Check that the gradient of every layer's weight, which the method called `title` needs, is a matrix.
+def check_no_groups(base_layers: Mapping[str, nn.Module], title: str) -> None:
+    """Check that no layer is a convolution with groups, whose gradient is no matrix that the method called `title` can use.
 
     Raises: InputError naming the first convolution that has groups.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.adapter_method import Losses, Probe, adapters_off
 from pipelines.errors import InputError
-from pipelines.gradients import cached_factors, cached_ranks, check_differentiable, mean_gradients, origin_of
+from pipelines.gradients import cached_factors, cached_ranks, check_no_groups, mean_gradients, origin_of
 from pipelines.lazy_modules import nn, torch
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class GradientBasis:
 
         layers = adapter_layers(model, adapter_name)
         base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
-        check_differentiable(base_layers, f"{self.title}'s basis")
+        check_no_groups(base_layers, f"{self.title}'s basis")
         weights = {name: base.weight for name, base in base_layers.items()}
 
         def compute() -> Iterator[tuple[str, Factors]]:

@@ -46,7 +46,7 @@ from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard
 from training.fewshot.card import write_card
 from training.fewshot.experiment import Experiment, SplitImages, check_can_split, labelled_set, split_keys
-from training.fewshot.report import choice, phases, report_of, table, trials_of
+from training.fewshot.report import phases, report_of, table, trials_of
 from training.fewshot.trials import FittedAdapter, Trial, fit_trial, representative_trial
 from training.runs.fewshot_files import TrialResult
 from training.runs.provenance import write_provenance
@@ -85,8 +85,8 @@ def main(options: FewShotOptions) -> RunDirectory:
             report.write(run.path)
             write_card(run.path, report, options.target_layers)
             logger.info(table(report))
-            if report.validation_accuracies:
-                logger.info(choice(report))
+            if report.choice:
+                logger.info(report.choice)
             logger.info(f"Report: {run.path / 'README.md'}. Classifier: {run.path / report.classifier}.")
         accelerator.wait_for_everyone()
     return run

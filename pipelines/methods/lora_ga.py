@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import Probe, adapters_off, option
-from pipelines.gradients import check_differentiable, mean_gradients
+from pipelines.gradients import check_no_groups, mean_gradients
 from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.option_checks import above_zero, at_least, one_of
 from pipelines.subtracted_start import SubtractedStart
@@ -73,7 +73,7 @@ class LoraGa(SubtractedStart, Lora):
         Raises: InputError for a weight without a gradient; ValueError if the probe has no losses, or a gradient is not finite.
         """
         base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
-        check_differentiable(base_layers, self.title)
+        check_no_groups(base_layers, self.title)
         with adapters_off(layers.values()):
             yield from mean_gradients(base_layers, probe.losses, self.options.gradient_batches)
 

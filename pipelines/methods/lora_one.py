@@ -25,7 +25,7 @@ from pipelines.adapter_method import (
     option,
     tuner_layers,
 )
-from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
+from pipelines.gradients import cached_factors, check_no_groups, mean_gradients, origin_of
 from pipelines.lazy_modules import nn, no_grad, torch
 from pipelines.methods.lora import Lora, lora_config
 from pipelines.option_checks import above_zero, at_least
@@ -116,7 +116,7 @@ class LoraOne(Lora):
         options = self.options
         layers = {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, LoraLayer)}
         base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
-        check_differentiable(base_layers, self.title)
+        check_no_groups(base_layers, self.title)
         super().start(model, probe, adapter_name)
         weights = {name: base.weight for name, base in base_layers.items()}
         # A separate file, as other methods cache other tensors for the same data.

@@ -298,3 +298,20 @@ def test_an_encoder_of_clip_is_given_ranks_under_a_budget(tmp_path):
     layers = tuner_layers(components["image"]).values()
     smallest = min(2 * layer.inner_r[ADAPTER_NAME] for layer in layers)
     assert 300 - smallest < counted(components) <= 300
+
+
+def test_a_budget_on_quantised_weights_gives_the_inner_ranks_to_the_layers_with_gradients(tmp_path):
+    model = nn.Sequential(Linear4bit(64, 64, compute_dtype=torch.float32), nn.Linear(64, 64)).to("cpu")
+    method = NORA(options(weighting="none", parameter_budget=200))
+    method.attach(model, method.config(["0", "1"]), ADAPTER_NAME, torch.Generator())
+
+    def losses(count):
+        for _ in range(count):
+            yield model[0](torch.ones(1, 64)).square().sum()
+
+    method.prepare_start(
+        {"": model}, {"": Probe(not_again, losses, torch.Generator(), tmp_path / "small.safetensors")}, ADAPTER_NAME
+    )
+    quantised, unread = (layer.inner_r[ADAPTER_NAME] for layer in tuner_layers(model).values())
+    assert quantised > unread
+    assert counted({"": model}) <= 200

@@ -16,7 +16,6 @@ from pipelines.methods import method_names
 from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.text_files import write_text_atomically
 from training.fewshot.figures import ZERO_SHOT, card_figures, shots_text
-from training.fewshot.report import choice
 from training.runs.card_text import CARD, as_text
 from training.runs.fewshot_files import FewShotReport
 
@@ -108,7 +107,7 @@ def card(report: FewShotReport, target_layers: TargetLayers | None, figures: Seq
         f"---\n{card_header(report).to_yaml().strip()}\n---",
         _opening(report, target_layers),
         _results(report),
-        choice(report),
+        report.choice,
         _failed(report),
         *_control_comparison(report),
         _scales(report),

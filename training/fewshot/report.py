@@ -14,7 +14,6 @@ from training.fewshot.experiment import Experiment, split_keys
 from training.fewshot.trials import Trial, representative_trial
 from training.options.fewshot import FewShotOptions
 from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult, ValidationResult
-from training.runs.naming import variant_title
 from training.runs.progress import PlannedPhase
 from training.runs.run_files import FITTING, REPORTING
 
@@ -92,14 +91,6 @@ def validation_accuracies(results: Sequence[TrialResult]) -> dict[str, float]:
     for result in sorted(results, key=lambda one: one.method in BASELINES):
         images.setdefault(result.method, []).append(result.validation)
     return {name: sum(one.top1 * one.count for one in each) / sum(one.count for one in each) for name, each in images.items()}
-
-
-def choice(report: FewShotReport) -> str:
-    """Which method a run with --method auto has chosen, in a sentence; empty for other runs."""
-    if not report.validation_accuracies:
-        return ""
-    accuracies = ", ".join(f"{variant_title(name)} {share:.1%}" for name, share in report.validation_accuracies.items())
-    return f"{variant_title(report.representative.method)} was chosen by the accuracy on validation images: {accuracies}."
 
 
 def _dataset_summary(experiment: Experiment, duplicates: Sequence[str]) -> DatasetSummary:

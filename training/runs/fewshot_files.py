@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import ClassificationMetrics, Interval
 from pipelines.run_file import VERSION, RunFile, fields_of
+from training.runs.naming import method_name
 
 T = TypeVar("T")
 TRIALS, TRIALS_OF_VERSION_1 = "trials", "members"
@@ -249,6 +250,14 @@ class FewShotReport(RunFile):
         if trial is None:
             raise InputError(f"classifier must be the folder of a trial, got {self.classifier!r}. Repeat the run.")
         return trial
+
+    @property
+    def choice(self) -> str:
+        """Which method a run with --method auto has chosen, in a sentence; empty for other runs."""
+        if not self.validation_accuracies:
+            return ""
+        accuracies = ", ".join(f"{method_name(name)} {share:.1%}" for name, share in self.validation_accuracies.items())
+        return f"{method_name(self.representative.method)} was chosen by the accuracy on validation images: {accuracies}."
 
     def trial_in(self, folder: str | None) -> TrialResult | None:
         """The trial whose files are in `folder`; None if there is none."""
