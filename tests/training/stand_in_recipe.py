@@ -1,6 +1,6 @@
 """A stand-in for a recipe: it counts steps in a file of its run directory, resumes at the last one, and records its status.
 
-python stand_in_recipe.py --steps 3 --output_dir RUN [--fail | --die] [--resume_from_checkpoint latest]
+python stand_in_recipe.py --steps 3 --output_dir RUN [--fail | --die] [--hold FILE] [--resume_from_checkpoint latest]
 """
 
 import argparse
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--fail", action="store_true")
     parser.add_argument("--die", action="store_true")
+    parser.add_argument("--hold", type=Path, help="a file that must exist before the second step")
     parser.add_argument("--resume_from_checkpoint")
     options = parser.parse_args()
     counted = options.output_dir / COUNTED
@@ -37,6 +38,8 @@ def main() -> None:
             lines.write(f"{done + 1}\n")
         if options.die and done == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        while options.hold is not None and not options.hold.exists():
+            time.sleep(0.05)
     update_status(record, state="done")
 
 
