@@ -159,13 +159,14 @@ def report_of(schedule: Schedule, options: ArenaOptions) -> ArenaReport:
     observations = merged(schedule.observations())
     labels = [variant.label for variant in schedule.variants]
     observations = with_seconds_to_quality(observations, REFERENCE if REFERENCE in labels else labels[0])
+    summaries = summaries_of(observations)
     report = ArenaReport(
         variants=labels,
         max_train_steps=options.method.max_train_steps,
         max_train_seconds=options.method.max_train_seconds,
         observations=observations,
-        summaries=summaries_of(observations),
-        comparisons=comparisons_of(observations),
+        summaries=summaries,
+        comparisons=comparisons_of(observations, summaries),
         rates=chosen_rates(schedule),
         failed=failures(schedule),
     )

@@ -15,11 +15,14 @@ from training.arena import main
 from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
 from training.comparison.blind import write_sheets
 from training.comparison.figures import write_figures
+from training.comparison.measures import loss_curve
 from training.comparison.report import markdown, write_document, write_report
 from training.comparison.verdict import verdict_of
 from training.options.arena import parse_arena_options
 from training.runs.arena_files import BLIND, KEY, RATINGS, ArenaReport, Observation
-from training.runs.arena_results import MEASURES, front_of, ranked
+from training.runs.arena_results import MEASURES, comparisons_to_best, front_of, ranked
+from training.runs.progress import PlannedPhase
+from training.runs.run_files import METRICS, RunStatus
 from training.runs.subject_files import EVALUATION
 
 
@@ -39,8 +42,8 @@ def observation(variant, dataset, seed, quality, parameters=100, task="few-shot"
 
 def report_of(observations, **more):
     variants = list(dict.fromkeys(one.variant for one in observations))
-    report = ArenaReport(variants, 100, None, observations, summaries_of(observations), comparisons_of(observations), **more)
-    return report
+    summaries = summaries_of(observations)
+    return ArenaReport(variants, 100, None, observations, summaries, comparisons_of(observations, summaries), **more)
 
 
 @pytest.fixture
@@ -69,20 +72,45 @@ def test_the_verdict_names_the_best_the_smallest_that_is_not_worse_and_a_caveat(
 def test_the_verdict_says_when_no_difference_could_be_significant(observations):
     few = [one for one in observations if one.dataset == "cats" and one.seed < 2]
     assert verdict_of(report_of(few), "few-shot")[1] == (
-        "On 2 splits no difference between 3 pairs of methods can be significant: add seeds, or data."
+        "On 2 splits no difference between 3 methods can be significant: add seeds, or data."
     )
 
 
 def test_a_difference_on_every_split_is_significant_and_one_that_changes_sign_is_not(observations):
-    p_values = {frozenset((one.first, one.second)): one.adjusted_p for one in comparisons_of(observations)}
-    assert p_values[frozenset(("large", "worse"))] < 0.001
-    assert p_values[frozenset(("large", "small"))] > 0.5
+    large, worse = comparisons_to_best(report_of(observations), "few-shot", 4)
+    assert (large.variant, large.best) == ("large", "small")
+    assert large.adjusted_p > 0.5
+    assert (worse.variant, worse.best) == ("worse", "small")
+    assert worse.adjusted_p < 0.001
+
+
+def test_p_values_are_adjusted_for_the_number_of_methods_and_not_of_pairs():
+    """Forty methods, of which one is better on all of fifteen splits."""
+    qualities = {"best": 0.9, **{f"other{index}": 0.5 + 0.001 * index for index in range(39)}}
+    report = report_of(
+        [
+            observation(name, dataset, seed, quality)
+            for name, quality in qualities.items()
+            for dataset in ("cats", "leaves", "signs")
+            for seed in range(5)
+        ]
+    )
+    comparisons = comparisons_to_best(report, "few-shot", 4)
+    assert len(comparisons) == 39
+    assert all(one.adjusted_p == pytest.approx(39 * 2 / 2**15) for one in comparisons)
+    assert "the difference to every other method is significant" in verdict_of(report, "few-shot")[0]
+
+
+def test_comparisons_of_all_pairs_in_an_earlier_report_are_left_out(observations):
+    content = report_of(observations).to_json()
+    pair = {"task": "few-shot", "shots": 4, "measure": "top1", "first": "large", "second": "small", "count": 15}
+    earlier = content | {"version": 1, "comparisons": [pair | {"difference": vars(Interval(0, 0, 0)), "p": 1, "adjusted_p": 1}]}
+    assert ArenaReport.from_json(json.loads(json.dumps(earlier))).comparisons == ()
 
 
 def test_methods_are_compared_on_the_splits_that_both_have(observations):
     rest = [one for one in observations if not (one.variant == "worse" and one.dataset == "signs")]
-    counts = {frozenset((one.first, one.second)): one.count for one in comparisons_of(rest)}
-    assert counts == {frozenset(("large", "small")): 15, frozenset(("large", "worse")): 10, frozenset(("small", "worse")): 10}
+    assert {one.variant: one.count for one in comparisons_to_best(report_of(rest), "few-shot", 4)} == {"large": 15, "worse": 10}
 
 
 def test_a_lower_loss_is_better():
@@ -167,6 +195,16 @@ def test_blind_sheets_show_letters_alone_and_the_key_is_apart(tmp_path):
     ratings = list(csv.DictReader((tmp_path / BLIND / RATINGS).open()))
     assert len(ratings) == 12
     assert not any(name in Path(tmp_path / BLIND / RATINGS).read_text() for name in colours)
+
+
+def test_seconds_of_a_subject_are_those_of_calibration_and_steps_without_the_measurements(tmp_path):
+    plan = [{"name": "calibrating", "seconds": 3.0}, {"name": "training", "seconds": 99.0}]
+    RunStatus(state="done", plan=[PlannedPhase(**phase) for phase in plan]).write(tmp_path)
+    lines = [(0, 100.0, "heldout_loss", 0.9), (1, 102.0, "loss", 0.8), (2, 104.0, "loss", 0.8), (2, 110.0, "heldout_loss", 0.7)]
+    lines += [(3, 111.0, "loss", 0.6), (3, 117.0, "heldout_loss", 0.5)]
+    logged = [{"step": step, "time": time, name: value} for step, time, name, value in lines]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in logged))
+    assert loss_curve(tmp_path) == [(3.0, 0.9), (7.0, 0.7), (8.0, 0.5)]
 
 
 def test_ratings_that_somebody_has_filled_in_are_not_replaced(tmp_path):

@@ -64,7 +64,8 @@ def arena_in(folder, state="done", seeds=5, methods=METHODS, failed=FAILED, **st
             images.mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (64, 64), (31 * index % 256, 60 * number, 128)).save(images / f"{number}.png")
-    report = ArenaReport(list(methods), 200, None, given, summaries_of(given), comparisons_of(given), failed=failed)
+    summaries = summaries_of(given)
+    report = ArenaReport(list(methods), 200, None, given, summaries, comparisons_of(given, summaries), failed=failed)
     verdict = {task: verdict_of(report, task) for task in ("subject", "few-shot")}
     write_report(ArenaReport(**{**vars(report), "verdict": verdict}), folder, {"subject": [], "few-shot": []})
     write_sheets(given, folder)

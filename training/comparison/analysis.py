@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 
+from pipelines.fewshot.metric_values import Interval
 from pipelines.run_options import Task
 from training.comparison.statistics import bootstrap_interval, holm, signed_rank_p
 from training.runs.arena_files import MeasureSummary, Observation, PairedComparison
-from training.runs.arena_results import PRIMARY, TESTED, measure_named
+from training.runs.arena_results import PRIMARY, TESTED, measure_named, ranked
 
 Split = tuple[str, int]
 
@@ -55,36 +55,43 @@ def summaries_of(observations: Sequence[Observation]) -> list[MeasureSummary]:
     return [MeasureSummary(*key, bootstrap_interval(values), sum(map(len, values.values()))) for key, values in grouped.items()]
 
 
-def comparisons_of(observations: Sequence[Observation]) -> list[PairedComparison]:
-    """Every pair of variants, on the splits that both have; adjusted for the number of pairs of each measure and shots."""
-    grouped: dict[tuple[Task, int | None], list[Observation]] = defaultdict(list)
-    for one in observations:
-        grouped[one.task, one.shots].append(one)
-    return [
-        comparison
-        for (task, shots), group in grouped.items()
-        for measure in TESTED[task]
-        for comparison in _adjusted(list(_compared(task, shots, measure, group)))
-    ]
+def comparisons_of(observations: Sequence[Observation], summaries: Sequence[MeasureSummary]) -> list[PairedComparison]:
+    """Every variant against the best one, in the order of their means; adjusted for their number by Holm's method.
+
+    The best one is the control, as usual when learning methods are compared [Garcia et al. 2010, Information Sciences 180]. The
+    correction for all pairs grows with the square of the number of variants: among fifty, no difference on fifteen splits would
+    be significant.
+
+    Args:
+        summaries: of the observations.
+    """
+    comparisons: list[PairedComparison] = []
+    for task, shots in dict.fromkeys((one.task, one.shots) for one in observations):
+        for measure in TESTED[task]:
+            order = [summary.variant for summary in ranked(summaries, task, shots, measure)]
+            group = [one for one in observations if (one.task, one.shots) == (task, shots) and measure in one.values]
+            comparisons += _adjusted(list(_against_first(task, shots, measure, order, group)))
+    return comparisons
 
 
-def _compared(task: Task, shots: int | None, measure: str, group: Sequence[Observation]) -> Iterator[PairedComparison]:
+def _against_first(
+    task: Task, shots: int | None, measure: str, order: Sequence[str], group: Sequence[Observation]
+) -> Iterator[PairedComparison]:
     values: dict[str, dict[Split, float]] = defaultdict(dict)
     for one in group:
-        if measure in one.values:
-            values[one.variant][one.dataset, one.seed] = one.values[measure]
-    for first, second in combinations(values, 2):
-        differences = {
-            split: values[first][split] - values[second][split] for split in values[first].keys() & values[second].keys()
-        }
+        values[one.variant][one.dataset, one.seed] = one.values[measure]
+    best = order[0] if order else ""
+    for variant in order[1:]:
+        common = sorted(values[variant].keys() & values[best].keys())
+        differences = {split: values[variant][split] - values[best][split] for split in common}
         if differences:
-            p = signed_rank_p([differences[split] for split in sorted(differences)])
-            yield PairedComparison(task, shots, measure, first, second, _interval(differences), len(differences), p, p)
+            p = signed_rank_p(list(differences.values()))
+            yield PairedComparison(task, shots, measure, variant, best, _interval(differences), len(differences), p, p)
 
 
-def _interval(differences: Mapping[Split, float]):
+def _interval(differences: Mapping[Split, float]) -> Interval:
     by_dataset: dict[str, list[float]] = defaultdict(list)
-    for (dataset, _), value in sorted(differences.items()):
+    for (dataset, _), value in differences.items():
         by_dataset[dataset].append(value)
     return bootstrap_interval(by_dataset)
 

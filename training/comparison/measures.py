@@ -12,7 +12,7 @@ from training.fewshot.trials import stored_bytes
 from training.runs.arena_files import Observation
 from training.runs.fewshot_files import FewShotReport, TrialResult
 from training.runs.record import RunRecord
-from training.runs.run_files import CALIBRATING, TRAINING, DryRunReport
+from training.runs.run_files import CALIBRATING, DryRunReport
 from training.runs.subject_files import SubjectEvaluation
 from training.subject.measured import measured_curve
 
@@ -47,7 +47,7 @@ def observations_of(cell: Cell, arena: Path) -> Iterator[Observation]:
     folder = cell.folder(arena)
     name = str(folder.relative_to(arena))
     if cell.task == "subject":
-        values, curve = _subject_values(folder), _loss_curve(folder)
+        values, curve = _subject_values(folder), loss_curve(folder)
         yield Observation(cell.task, cell.dataset, cell.variant, None, cell.seed, values, name, curve)
         return
     for result in _report(folder).trials:
@@ -70,11 +70,10 @@ def _subject_values(folder: Path) -> dict[str, float]:
     if evaluation is None:
         raise InputError(f"{str(folder)!r} has no {SubjectEvaluation.NAME}. Delete the folder to run the cell again.")
     names = ("heldout_loss", "image_similarity", "text_similarity", "copying", "drift")
-    phases = {phase.name: phase.seconds or 0.0 for phase in status.plan or ()}
     costs = {
         "parameters": status.num_trainable_parameters,
         "bytes": stored_bytes(folder),
-        "seconds": phases.get(CALIBRATING, 0.0) + phases.get(TRAINING, 0.0),
+        "seconds": loss_curve(folder)[-1][0],
         "peak_memory": status.peak_memory / MB,
     }
     return {name: getattr(evaluation, name) for name in names} | costs
@@ -98,10 +97,19 @@ def _base_to_new_values(result: TrialResult) -> dict[str, float]:
     return {} if result.new_classes is None else {"harmonic_mean": result.new_classes.harmonic_mean}
 
 
-def _loss_curve(folder: Path) -> list[tuple[float, float]]:
-    """The held-out loss by the seconds since it was first measured."""
-    lines = [line for line in RunRecord(folder).metrics() if "heldout_loss" in line.values]
-    return [(line.time - lines[0].time, line.values["heldout_loss"]) for line in lines]
+def loss_curve(folder: Path) -> list[tuple[float, float]]:
+    """The held-out loss by the seconds of the calibration and of the steps, without those of the measurements themselves."""
+    record = RunRecord(folder)
+    seconds = sum(phase.seconds or 0.0 for phase in record.status().plan or () if phase.name == CALIBRATING)
+    curve: list[tuple[float, float]] = []
+    before: float | None = None
+    for line in record.metrics():
+        if "heldout_loss" in line.values:
+            curve.append((seconds, line.values["heldout_loss"]))
+        elif before is not None:
+            seconds += line.time - before
+        before = line.time
+    return curve
 
 
 def _accuracy_curve(folder: Path) -> list[tuple[float, float]]:

@@ -20,7 +20,7 @@ from training.runs.arena_results import (
     Measure,
     all_shots,
     by_dataset,
-    differences_to_best,
+    comparisons_to_best,
     mean_of,
     measure_named,
     measures_at,
@@ -146,10 +146,10 @@ def _tests(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
     """The paired tests of every variant against the best one, by the primary measure."""
     measure = measure_named(task, PRIMARY[task])
     best = variant_title(ranked(report.summaries, task, shots, measure.name)[0].variant)
-    yield f"Paired differences to {best} (Wilcoxon's signed-rank test, adjusted by Holm's method for all pairs):"
+    yield f"Paired differences to {best} (Wilcoxon's signed-rank test, adjusted for their number by Holm's method):"
     yield ""
     rows = [
-        [variant_title(variant), measure.with_interval(one), str(count), f"{p:.3g}"]
-        for variant, one, count, p in differences_to_best(report, task, shots)
+        [variant_title(one.variant), measure.with_interval(one.difference), str(one.count), f"{one.adjusted_p:.3g}"]
+        for one in comparisons_to_best(report, task, shots)
     ]
     yield markdown_table(["method", "difference", "splits", "adjusted p"], rows)

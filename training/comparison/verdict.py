@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pipelines.fewshot.layouts import counted
 from pipelines.run_options import Task
 from training.comparison.statistics import CONFIDENCE, smallest_p
-from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
-from training.runs.arena_results import PRIMARY, TASK_NAMES, comparison_of, largest_shots, mean_of, measure_named, ranked
+from training.runs.arena_files import ArenaReport, MeasureSummary
+from training.runs.arena_results import PRIMARY, TASK_NAMES, comparisons_to_best, largest_shots, mean_of, measure_named, ranked
 from training.runs.naming import variant_title
 
 SIGNIFICANT = 1 - CONFIDENCE
@@ -24,17 +24,13 @@ def verdict_of(report: ArenaReport, task: Task) -> list[str]:
     if len(ranking) < 2:
         return []
     best = ranking[0].variant
-    equal = [one.variant for one in ranking[1:] if not _is_worse(report.comparisons, task, shots, one.variant, best)]
+    worse = {one.variant for one in comparisons_to_best(report, task, shots) if one.adjusted_p < SIGNIFICANT}
+    equal = [one.variant for one in ranking[1:] if one.variant not in worse]
     return [
         _best(report, task, shots, ranking, equal),
         _too_few_splits(report, task, shots) or _smallest(report, task, shots, best, equal),
         _caveat(report, task, shots, best),
     ]
-
-
-def _is_worse(comparisons: Sequence[PairedComparison], task: Task, shots: int | None, variant: str, best: str) -> bool:
-    comparison = comparison_of(comparisons, task, shots, PRIMARY[task], frozenset((variant, best)))
-    return comparison is not None and comparison.adjusted_p < SIGNIFICANT
 
 
 def _best(report: ArenaReport, task: Task, shots: int | None, ranking: Sequence[MeasureSummary], equal: Sequence[str]) -> str:
@@ -54,12 +50,12 @@ def _best(report: ArenaReport, task: Task, shots: int | None, ranking: Sequence[
 
 def _too_few_splits(report: ArenaReport, task: Task, shots: int | None) -> str | None:
     """A sentence if even a method that is worse on every split would not be significantly worse; None otherwise."""
-    compared = [c for c in report.comparisons if (c.task, c.shots, c.measure) == (task, shots, PRIMARY[task])]
+    compared = comparisons_to_best(report, task, shots)
     splits = max(comparison.count for comparison in compared)
     if smallest_p(splits) * len(compared) < SIGNIFICANT:
         return None
-    pairs = f"{len(compared)} pairs of methods" if len(compared) > 1 else "two methods"
-    return f"On {counted(splits, 'split')} no difference between {pairs} can be significant: add seeds, or data."
+    methods = f"{len(compared) + 1} methods" if len(compared) > 1 else "two methods"
+    return f"On {counted(splits, 'split')} no difference between {methods} can be significant: add seeds, or data."
 
 
 def _smallest(report: ArenaReport, task: Task, shots: int | None, best: str, equal: Sequence[str]) -> str:

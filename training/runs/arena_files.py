@@ -161,20 +161,21 @@ class MeasureSummary:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A paired test between two variants on the splits that both were measured on.
+    """A paired test of a variant against the best one on the splits that both were measured on.
 
     Args:
-        difference: the mean of `first` minus `second`, with the 95% interval of a bootstrap over datasets and seeds.
+        best: the variant with the best mean of the measure.
+        difference: the mean of `variant` minus `best`, with the 95% interval of a bootstrap over datasets and seeds.
         count: the number of splits.
         p: of Wilcoxon's signed-rank test, two-sided.
-        adjusted_p: corrected by Holm's method for all pairs of variants.
+        adjusted_p: adjusted by Holm's method for all variants that are tested against the best one.
     """
 
     task: Task
     shots: int | None
     measure: str
-    first: str
-    second: str
+    variant: str
+    best: str
     difference: Interval
     count: int
     p: float
@@ -195,6 +196,7 @@ class ArenaReport(RunFile):
     """
 
     NAME: ClassVar[str] = "arena.json"
+    FILE_VERSION: ClassVar[int] = 2
 
     variants: Sequence[str]
     max_train_steps: int | None
@@ -208,13 +210,16 @@ class ArenaReport(RunFile):
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """Make the nested values objects."""
+        """Make the nested values objects. Comparisons of version 1 are left out: they are of all pairs, with other adjusted
+        p-values. Any command of the arena writes them again.
+        """
 
         def with_interval(content: Mapping[str, Any], name: str) -> dict[str, Any]:
             return {**content, name: Interval(**content[name])}
 
+        comparisons = values.get("comparisons", ()) if version > 1 else ()
         return values | {
             "observations": tuple(Observation(**one) for one in values.get("observations", ())),
             "summaries": tuple(MeasureSummary(**with_interval(one, "interval")) for one in values.get("summaries", ())),
-            "comparisons": tuple(PairedComparison(**with_interval(one, "difference")) for one in values.get("comparisons", ())),
+            "comparisons": tuple(PairedComparison(**with_interval(one, "difference")) for one in comparisons),
         }

@@ -140,27 +140,9 @@ def largest_shots(summaries: Sequence[MeasureSummary], task: Task) -> int | None
     return max(all_shots(summaries, task), default=None)
 
 
-def comparison_of(
-    comparisons: Sequence[PairedComparison], task: Task, shots: int | None, measure: str, pair: frozenset[str]
-) -> PairedComparison | None:
-    """The comparison of the two variants in `pair`; None if they share no split."""
-    wanted = (task, shots, measure, pair)
-    return next((c for c in comparisons if (c.task, c.shots, c.measure, frozenset((c.first, c.second))) == wanted), None)
-
-
-def differences_to_best(report: ArenaReport, task: Task, shots: int | None) -> list[tuple[str, Interval, int, float]]:
-    """Each variant but the best one: its difference to the best by the primary measure, the number of common splits, and the
-    adjusted p; the best first.
-    """
-    best, *others = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
-    rows = []
-    for variant in others:
-        comparison = comparison_of(report.comparisons, task, shots, PRIMARY[task], frozenset((variant, best)))
-        if comparison is not None:
-            one = comparison.difference
-            signed = one if comparison.first == variant else Interval(-one.value, -one.high, -one.low)
-            rows.append((variant, signed, comparison.count, comparison.adjusted_p))
-    return rows
+def comparisons_to_best(report: ArenaReport, task: Task, shots: int | None) -> list[PairedComparison]:
+    """The tests of every variant against the best one by the primary measure; the best first."""
+    return [one for one in report.comparisons if (one.task, one.shots, one.measure) == (task, shots, PRIMARY[task])]
 
 
 def front_of(report: ArenaReport, task: Task, shots: int | None) -> list[str]:
