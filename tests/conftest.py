@@ -17,10 +17,11 @@ from pipelines import mini_clip
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 SIZES = ((40, 30), (30, 40), (33, 33))
-# Test processes share the cores out, with all that they start: threads that are more than the cores wait for each other.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Test processes share the cores out, with all that they start: threads that are more than the cores wait for each other. The
+# process that starts them sets nothing, which they would inherit.
+if WORKERS := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(WORKERS))))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items):
