@@ -4,8 +4,8 @@
     python benchmarks/paper.py --subjects_dir SUBJECTS --tables subjects
 
 Few-shot: ViT-B/16 on Food101, OxfordPets and DTD with 4 and 16 images per class, in the layout of CoOp's DATASETS.md below
-`DATA`. Subjects: SDXL, 500 steps, on a folder of images for each subject. Both need a GPU and the weights. Every run is an
-ordinary command of a recipe with a run directory of its own; finished runs are not repeated.
+`DATA`. Subjects: SDXL, 500 steps, on a folder of images for each subject, compared by the arena. Both need a GPU and the weights.
+Every run is an ordinary command of a recipe with a run directory of its own; finished runs are not repeated.
 
 The paper is "Efficient Fine-Tuning of Large Models via Nested Low-Rank Adaptation" (ICCV 2025; preprint arXiv 2408.10280). Its
 tables were not available where this was written: neither the text of the proceedings nor of the preprint beyond the introduction,
@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
-import heldout_loss
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -32,13 +31,14 @@ from pipelines.errors import InputError
 from pipelines.fewshot.baselines import BASELINES
 from pipelines.fewshot.sets import SETS
 from pipelines.methods import method_named
-from pipelines.run_options import Task
+from training.arena import main as train_subjects
 from training.comparison.cells import RECIPES
+from training.comparison.report import section
 from training.comparison.running import is_finished, run_cell
-from training.runs.arena_files import CellRecord
+from training.options.arena import parse_arena_options
+from training.runs.arena_files import ArenaReport, CellRecord
 from training.runs.fewshot_files import FewShotReport
 from training.runs.recipe_process import recipe_command
-from training.runs.run import RunDirectory
 
 TABLES = ("fewshot", "subjects")
 COLUMNS = ("method", "dataset", "shots", "accuracy")
@@ -98,7 +98,7 @@ NOTES = (
 )
 SUBJECT_NOTES = (
     "The rank, the learning rate, the subjects and the measures of the paper are not known here: the ranks and rates are the "
-    "recipe's defaults, which are those of diffusers' script for LoRA, and the held-out denoising loss is measured."
+    "recipe's defaults, which are those of diffusers' script for LoRA."
 )
 SUBJECT_STEPS = 500
 
@@ -128,8 +128,7 @@ class BenchmarkOptions:
         default="stabilityai/stable-diffusion-xl-base-1.0", metadata={"help": "SDXL base model."}
     )
     subject_flags: str = field(
-        default=f"--max_train_steps {SUBJECT_STEPS} --heldout_steps {SUBJECT_STEPS} --resolution 1024 --mixed_precision bf16",
-        metadata={"help": "Flags for every subject run, in one string."},
+        default="--resolution 1024 --mixed_precision bf16", metadata={"help": "Flags for every subject run, in one string."}
     )
 
     def __post_init__(self) -> None:
@@ -143,16 +142,15 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a recipe.
+    """One run of the few-shot recipe.
 
     Args:
-        dataset: of a few-shot run; the subject of a subject run.
-        name: of the setting or the method.
+        dataset: its name.
+        name: of the setting.
         path: of the run directory.
         flags: of the recipe, without the run directory.
     """
 
-    task: Task
     dataset: str
     name: str
     path: Path
@@ -161,12 +159,12 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The words of the command."""
-        return ["python", "-m", RECIPES[self.task], *self.flags, "--output_dir", str(self.path)]
+        return ["python", "-m", RECIPES["few-shot"], *self.flags, "--output_dir", str(self.path)]
 
     def finish(self) -> str | None:
         """Start or resume the run unless it has finished before; returns the reason if it fails."""
         command = recipe_command(self.command[2], self.command[3:])
-        record = CellRecord(self.task, self.dataset, self.name, "final", None, None, command, "running")
+        record = CellRecord("few-shot", self.dataset, self.name, "final", None, None, command, "running")
         return run_cell(self.path, record, {}, Event()).reason
 
 
@@ -175,7 +173,6 @@ def fewshot_runs(options: BenchmarkOptions) -> dict[tuple[str, str], Run]:
     numbers = ["--shots", *map(str, options.shots), "--seeds", *map(str, options.seeds)]
     return {
         (dataset, name): Run(
-            "few-shot",
             dataset,
             name,
             Path(options.output_dir) / f"{dataset}-{name}",
@@ -190,27 +187,16 @@ def fewshot_runs(options: BenchmarkOptions) -> dict[tuple[str, str], Run]:
     }
 
 
-def subject_runs(options: BenchmarkOptions) -> dict[tuple[str, str], Run]:
-    """The subject runs, by subject and method."""
-    settings = heldout_loss.BenchmarkOptions(
-        options.subjects_dir,
-        options.pretrained_model_name_or_path,
-        options.output_dir,
-        flags=options.subject_flags,
-        lora_flags="--rank 4 --learning_rate 1e-4",
-        nora_flags="",
-    )
-    return {
-        (folder.name, method): Run(
-            "subject",
-            folder.name,
-            method,
-            heldout_loss.run_path(folder, method, settings),
-            tuple(heldout_loss.flags_of(folder, method, settings)),
-        )
-        for folder in heldout_loss.subject_folders(settings)
-        for method in heldout_loss.METHODS
-    }
+def subject_command(options: BenchmarkOptions) -> list[str]:
+    """The words of the command of the arena of the subjects. Both methods have their default learning rate; none is swept."""
+    rates = {name: method_named(name).defaults("subject", False).learning_rate for name in ("lora", "nora")}
+    return [
+        *("python", "-m", "training.arena", "--subjects_dir", options.subjects_dir, "--methods"),
+        *(f"{name}:learning_rate={rate}" for name, rate in rates.items()),
+        *("--max_train_steps", str(SUBJECT_STEPS), "--seeds", *map(str, options.seeds)),
+        *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path, "--subject_flags", options.subject_flags),
+        *("--output_dir", str(Path(options.output_dir) / "subjects")),
+    ]
 
 
 def published_figures(options: BenchmarkOptions) -> dict[Key, float]:
@@ -262,27 +248,26 @@ def _cell(measured: tuple[float, float] | None, published: float | None) -> str:
     return f"{mean} ({'-' if published is None else f'{published:.1f}'})"
 
 
-def subject_table(runs: Mapping[tuple[str, str], Run]) -> Iterator[str]:
-    """The lines of the table of the subjects all of whose runs have finished."""
-    finished: dict[str, dict[str, heldout_loss.Result]] = {}
-    for (subject, method), run in runs.items():
-        if all(is_finished(runs[subject, other].path) for other in heldout_loss.METHODS):
-            finished.setdefault(subject, {})[method] = heldout_loss.result_of(RunDirectory(run.path))
-    yield heldout_loss.table(finished) if finished else "No subject has finished."
-    yield f"\n- {SUBJECT_NOTES}"
+def subject_table(options: BenchmarkOptions) -> Iterator[str]:
+    """Run what is not finished of the arena of the subjects; the lines of its table."""
+    report = ArenaReport.read(train_subjects(parse_arena_options(subject_command(options)[3:])).path)
+    yield section(report, "subject", ())
+    yield from (f"- {name} failed: {reason}" for name, reason in report.failed.items())
+    yield f"- {SUBJECT_NOTES}"
 
 
 def main(options: BenchmarkOptions) -> None:
     """Run what is not finished, and print the tables. A run that fails leaves dashes, and the others go on."""
     fewshot = fewshot_runs(options) if "fewshot" in options.tables else {}
-    subjects = subject_runs(options) if "subjects" in options.tables else {}
-    runs = [*fewshot.values(), *subjects.values()]
+    with_subjects = "subjects" in options.tables
     if options.dry_run:
-        sys.stdout.write("".join(f"{shlex.join(run.command)}\n" for run in runs))
+        commands = [*(run.command for run in fewshot.values()), *([subject_command(options)] if with_subjects else ())]
+        sys.stdout.write("".join(f"{shlex.join(command)}\n" for command in commands))
         return
-    reasons = {run: run.finish() for run in tqdm(runs, desc="runs")}
-    lines = [*(fewshot_table(options, fewshot) if fewshot else ()), *(subject_table(subjects) if subjects else ())]
+    reasons = {run: run.finish() for run in tqdm(fewshot.values(), desc="runs")}
+    lines = [*(fewshot_table(options, fewshot) if fewshot else ())]
     lines += [f"- The run in `{run.path}` failed: {reason}" for run, reason in reasons.items() if reason is not None]
+    lines += [*(subject_table(options) if with_subjects else ())]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -100,7 +100,6 @@ SHORT_FEWSHOT = (
 )
 SMALL_RANKS = "--rank 4 --inner_r 2"
 SMALL_MODEL = f"--pretrained_model_name_or_path tiny {SMALL_RANKS}"
-HELD_OUT = "--heldout_image 2.png"
 # What a run to be resumed needs besides.
 RESUMABLE = "--max_train_steps 2 --checkpointing_steps 1"
 SHORT_MODULES = {"pipelines.fewshot.domain_shift": "--images_dir PRETRAINING --num_classes 2 --num_train_images 8"}
@@ -113,7 +112,6 @@ SHORT_PROGRAMS = {
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
     "benchmarks/domain_shift.py": "--images_dir PRETRAINING --num_classes 2 --seeds 0",
     "benchmarks/fewshot_rates.py": f"--method lora --rates 0.05 --shots 2 --flags '{SHORT_FEWSHOT}'",
-    "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
     "benchmarks/outliers.py": "--sets 4",

@@ -1,17 +1,18 @@
 """The benchmark that repeats the paper's experiments: its commands, its tables, and what it does not repeat."""
 
 import json
+import shlex
 
-import heldout_loss
 import paper
 import pytest
 
 from pipelines.errors import InputError
+from training.arena import schedule_of
 from training.options import parse_options
+from training.options.arena import parse_arena_options
 from training.options.fewshot import parse_fewshot_options
+from training.runs.arena_files import ArenaReport
 from training.runs.run import RunDirectory
-
-PARSERS = {"few-shot": parse_fewshot_options, "subject": parse_options}
 
 
 @pytest.fixture
@@ -28,20 +29,28 @@ def options(tmp_path, subjects):
     return paper.BenchmarkOptions("DATA", str(subjects), output_dir=str(tmp_path / "runs"))
 
 
-def all_runs(options):
-    return [*paper.fewshot_runs(options).values(), *paper.subject_runs(options).values()]
-
-
 def test_every_command_is_one_of_the_recipe_without_unused_flags(options):
-    runs = all_runs(options)
-    assert len(runs) == len({run.path for run in runs}) == 3 * len(paper.SETTINGS) + 2
+    runs = paper.fewshot_runs(options).values()
+    assert len(runs) == len({run.path for run in runs}) == 3 * len(paper.SETTINGS)
     for run in runs:
-        parsed = PARSERS[run.task](run.command[3:])
+        parsed = parse_fewshot_options(run.command[3:])
         assert parsed.output.output_dir == str(run.path)
-        unused = parsed.method.unused() if run.task == "few-shot" else parsed.unused()
-        assert unused == []
-        if run.task == "few-shot":
-            assert {parsed.adapter(name).create().name for name in parsed.method.adapters()} <= {"lora", "nora"}
+        assert parsed.method.unused() == []
+        assert {parsed.adapter(name).create().name for name in parsed.method.adapters()} <= {"lora", "nora"}
+
+
+def test_the_arena_of_the_subjects_trains_every_seed_at_full_size_without_a_sweep(options):
+    schedule = schedule_of(parse_arena_options(paper.subject_command(options)[3:]))
+    cells = schedule.pending()
+    assert schedule.refused == {}
+    assert [cell.purpose for cell in cells] == ["final"] * 6
+    assert [(cell.variant.partition(":")[0], cell.seed) for cell in cells] == [
+        (m, s) for m in ("lora", "nora") for s in (1, 2, 3)
+    ]
+    for cell in cells:
+        parsed = parse_options(cell.flags)
+        assert parsed.unused() == []
+        assert (parsed.data.resolution, parsed.optimisation.max_train_steps) == (1024, 500)
 
 
 def test_the_scaling_of_both_adapters_is_that_of_the_authors_codes(options):
@@ -53,32 +62,30 @@ def test_the_scaling_of_both_adapters_is_that_of_the_authors_codes(options):
 
 
 def test_a_dry_run_prints_the_commands_and_starts_none(options, monkeypatch, capsys):
-    monkeypatch.setattr(paper, "run_cell", lambda *_: pytest.fail("a run was started"))
+    for name in ("run_cell", "train_subjects"):
+        monkeypatch.setattr(paper, name, lambda *_: pytest.fail("a run was started"))
     options.dry_run = True
     paper.main(options)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in printed] == [run.command[:3] for run in all_runs(options)]
+    commands = [*(run.command for run in paper.fewshot_runs(options).values()), paper.subject_command(options)]
+    assert [shlex.split(line) for line in printed] == commands
 
 
 def finish(run, accuracies):
-    """Write the files of a finished run: of few-shot ones with these mean accuracies by method and shots."""
+    """Write the files of a finished run with these mean accuracies by method and shots."""
     directory = RunDirectory.create(run.path, {})
-    if run.task == "few-shot":
-        interval = {"low": 0.0, "high": 0.0}
-        rest = dict.fromkeys(("calibration_error", "calibrated_calibration_error", "num_trainable_parameters"), 0.0)
-        rest |= dict.fromkeys(("stored_bytes", "seconds", "peak_memory"), 0.0)
-        summary = [
-            {"shots": shots, "method": method, "num_seeds": 3, "top1": interval | {"value": value, "low": value - 0.01,
-             "high": value + 0.01}, **rest}
-            for (method, shots), value in accuracies.items()
-        ]  # fmt: skip
-        dataset = {"name": "d", "classes": [], "new_classes": [], "images": 0, "duplicates": []}
-        content = {"version": 2, "dataset": dataset, "model": "m", "pretrained": None, "templates": [], "shots": [], "seeds": []}
-        content |= {"methods": [], "trials": [], "summary": summary, "classifier": ""}
-        (run.path / "report.json").write_text(json.dumps(content))
-    else:
-        directory.log(0, heldout_loss=0.5)
-        directory.log(500, heldout_loss=0.25)
+    interval = {"low": 0.0, "high": 0.0}
+    rest = dict.fromkeys(("calibration_error", "calibrated_calibration_error", "num_trainable_parameters"), 0.0)
+    rest |= dict.fromkeys(("stored_bytes", "seconds", "peak_memory"), 0.0)
+    summary = [
+        {"shots": shots, "method": method, "num_seeds": 3, "top1": interval | {"value": value, "low": value - 0.01,
+         "high": value + 0.01}, **rest}
+        for (method, shots), value in accuracies.items()
+    ]  # fmt: skip
+    dataset = {"name": "d", "classes": [], "new_classes": [], "images": 0, "duplicates": []}
+    content = {"version": 2, "dataset": dataset, "model": "m", "pretrained": None, "templates": [], "shots": [], "seeds": []}
+    content |= {"methods": [], "trials": [], "summary": summary, "classifier": ""}
+    (run.path / "report.json").write_text(json.dumps(content))
     directory.update_status(state="done", num_trainable_parameters=7, seconds=3.0)
 
 
@@ -93,8 +100,11 @@ def test_finished_runs_are_not_repeated_and_stand_beside_the_published_figures(o
 
     monkeypatch.setattr(paper, "run_cell", run_cell)
     finish(paper.fewshot_runs(options)["dtd", "lora"], {("lora", 4): 0.625, ("lora", 16): 0.7})
-    finish(paper.subject_runs(options)["candle", "lora"], {})
-    finish(paper.subject_runs(options)["candle", "nora"], {})
+    arena = RunDirectory.create(tmp_path / "arena", {})
+    verdict = {"subject": ["LoRA is best."]}
+    ArenaReport([], 500, None, failed={"subject/nora": "no such GPU"}, verdict=verdict).write(arena.path)
+    monkeypatch.setattr(paper, "train_subjects", lambda _: arena)
+    monkeypatch.setattr(paper, "section", lambda report, task, _: report.verdict[task][0])
     figures = tmp_path / "published.csv"
     figures.write_text("method,dataset,shots,accuracy\nnora,dtd,16,70.5\n")
     options.published = str(figures)
@@ -104,10 +114,10 @@ def test_finished_runs_are_not_repeated_and_stand_beside_the_published_figures(o
     assert "| 4 | LoRA | - (82.7) | - (91.0) | 62.5 ± 1.0 (63.8) |" in printed
     assert "| 16 | LoRA | - (-) | - (-) | 70.0 ± 1.0 (-) |" in printed
     assert "| 16 | NoRA | - (-) | - (-) | - (70.5) |" in printed
-    assert "| candle | 0.5000 | 0.2500 | 0.2500 | 3 | 3 |" in printed
+    assert "LoRA is best.\n- subject/nora failed: no such GPU\n" in printed
     assert len(started) == 8
     assert ("dtd", "lora") not in started
-    assert printed.count("failed: no such GPU") == 8
+    assert printed.count("` failed: no such GPU") == 8
 
 
 def test_options_that_cannot_be_used_are_refused(options, tmp_path):
@@ -120,5 +130,3 @@ def test_options_that_cannot_be_used_are_refused(options, tmp_path):
     options.published = str(figures)
     with pytest.raises(InputError, match=r"must have the columns method, dataset, shots, accuracy, but a line has no shots"):
         paper.published_figures(options)
-    with pytest.raises(InputError, match="subjects_dir must contain a folder of images for each subject"):
-        heldout_loss.subject_folders(heldout_loss.BenchmarkOptions(str(tmp_path / "nothing")))
