@@ -21,6 +21,8 @@ from training.runs.arena_results import (
 from training.runs.naming import variant_title
 
 SIZE, DPI = (8.0, 5.0), 120
+# Of an entry of the legend, in inches.
+ENTRY_HEIGHT = 0.17
 FRONT_COLOUR, OTHER_COLOUR = "#c2410c", "#64748b"
 
 
@@ -41,21 +43,25 @@ def write_figures(report: ArenaReport, folder: Path) -> dict[Task, list[str]]:
 
 
 def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) -> Figure | None:
-    """The primary measure of each variant against its trained parameters; None without two variants."""
+    """The primary measure of each variant against its trained parameters; None without two variants.
+
+    Points are numbered from the best one on, as in the legend: names beside many points would cover each other.
+    """
     points = points_of(report, task, shots)
     if len(points) < 2:
         return None
     front, measure = front_of(report, task, shots), measure_named(task, PRIMARY[task])
-    figure = Figure(SIZE, layout="constrained")
+    figure = Figure((SIZE[0], max(SIZE[1], ENTRY_HEIGHT * (len(points) + 1))), layout="constrained")
     axes = figure.add_subplot()
-    for name, parameters, quality, low, high in points:
+    for number, (name, parameters, quality, low, high) in enumerate(points, start=1):
         colour = FRONT_COLOUR if name in front else OTHER_COLOUR
-        axes.errorbar(parameters, quality, [[quality - low], [high - quality]], fmt="o", color=colour, capsize=2)
-        axes.annotate(
-            variant_title(name), (parameters, quality), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour
+        axes.errorbar(parameters, quality, [[quality - low], [high - quality]], fmt="none", color=colour, alpha=0.3)
+        axes.plot(
+            parameters, quality, marker=f"${number}$", linestyle="none", markersize=9, color=colour, label=variant_title(name)
         )
+    figure.legend(loc="outside right upper", fontsize=7)
     on_front = {name: (parameters, quality) for name, parameters, quality, *_ in points}
-    axes.plot(*zip(*(on_front[name] for name in front), strict=True), color=FRONT_COLOUR, linewidth=1)
+    axes.plot(*zip(*(on_front[name] for name in front), strict=True), color=FRONT_COLOUR, linewidth=1, alpha=0.5, zorder=0)
     axes.set_xscale("symlog", linthresh=100)
     if measure.better == "lower":
         axes.invert_yaxis()
