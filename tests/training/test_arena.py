@@ -108,9 +108,23 @@ def test_comparisons_of_all_pairs_in_an_earlier_report_are_left_out(observations
     assert ArenaReport.from_json(json.loads(json.dumps(earlier))).comparisons == ()
 
 
+def test_a_method_that_lacks_splits_is_named_and_not_compared(observations):
+    """Its mean, of the easier data alone, would be the best."""
+    easy = {"cats": 0.3, "leaves": 0.0, "signs": 0.0}
+    given = [replace(one, values=one.values | {"top1": one.values["top1"] + easy[one.dataset]}) for one in observations]
+    report = report_of([one for one in given if one.variant != "worse" or one.dataset == "cats"])
+    assert [one.variant for one in ranked(report.summaries, "few-shot", 4, "top1")] == ["small", "large"]
+    assert [one.variant for one in comparisons_to_best(report, "few-shot", 4)] == ["large"]
+    assert "worse" not in front_of(report, "few-shot", 4)
+    assert verdict_of(report, "few-shot")[0].startswith("small has the best top-1")
+    assert "worse has results on 5 of 15 splits and is not compared." in markdown(report, {})
+
+
 def test_methods_are_compared_on_the_splits_that_both_have(observations):
-    rest = [one for one in observations if not (one.variant == "worse" and one.dataset == "signs")]
-    assert {one.variant: one.count for one in comparisons_to_best(report_of(rest), "few-shot", 4)} == {"large": 15, "worse": 10}
+    """Each lacks one split, and another one."""
+    missing = {("small", "signs", 0), ("worse", "cats", 1), ("large", "cats", 1)}
+    rest = [one for one in observations if (one.variant, one.dataset, one.seed) not in missing]
+    assert {one.variant: one.count for one in comparisons_to_best(report_of(rest), "few-shot", 4)} == {"large": 13, "worse": 13}
 
 
 def test_a_lower_loss_is_better():

@@ -21,6 +21,7 @@ from training.runs.arena_results import (
     all_shots,
     by_dataset,
     comparisons_to_best,
+    incomplete,
     mean_of,
     measure_named,
     measures_at,
@@ -100,6 +101,9 @@ def _section(report: ArenaReport, task: Task, figures: Sequence[str]) -> Iterato
     for number in shots:
         yield ""
         yield from _means(report, task, number)
+        if sentences := incomplete(report.summaries, task, number):
+            yield ""
+            yield " ".join(sentences)
         yield ""
         yield from _by_dataset(report, task, number)
     yield ""

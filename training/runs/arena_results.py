@@ -10,6 +10,7 @@ from typing import Literal
 from pipelines.fewshot.metric_values import Interval
 from pipelines.run_options import Task
 from training.runs.arena_files import ArenaReport, MeasureSummary, PairedComparison
+from training.runs.naming import variant_title
 
 Direction = Literal["higher", "lower"]
 TASK_NAMES: dict[Task, str] = {"subject": "subjects", "few-shot": "labelled datasets"}
@@ -98,10 +99,26 @@ def mean_of(
 
 
 def ranked(summaries: Sequence[MeasureSummary], task: Task, shots: int | None, measure: str) -> list[MeasureSummary]:
-    """The means over all datasets, the best one first."""
+    """The means over all splits, the best one first; without variants that lack some splits, whose means are of other data."""
     sign = -1 if measure_named(task, measure).better == "higher" else 1
-    chosen = [s for s in summaries if (s.task, s.dataset, s.shots, s.measure) == (task, None, shots, measure)]
-    return sorted(chosen, key=lambda summary: sign * summary.interval.value)
+    chosen = _over_all(summaries, task, shots, measure)
+    most = max((summary.count for summary in chosen), default=0)
+    return sorted((one for one in chosen if one.count == most), key=lambda one: sign * one.interval.value)
+
+
+def incomplete(summaries: Sequence[MeasureSummary], task: Task, shots: int | None) -> list[str]:
+    """A sentence for each variant that lacks some splits of the primary measure, such as one whose cells have not all ended."""
+    chosen = _over_all(summaries, task, shots, PRIMARY[task])
+    most = max((summary.count for summary in chosen), default=0)
+    return [
+        f"{variant_title(one.variant)} has results on {one.count} of {most} splits and is not compared."
+        for one in chosen
+        if one.count < most
+    ]
+
+
+def _over_all(summaries: Sequence[MeasureSummary], task: Task, shots: int | None, measure: str) -> list[MeasureSummary]:
+    return [s for s in summaries if (s.task, s.dataset, s.shots, s.measure) == (task, None, shots, measure)]
 
 
 def measures_at(summaries: Sequence[MeasureSummary], task: Task, shots: int | None) -> list[Measure]:
