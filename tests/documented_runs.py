@@ -157,7 +157,8 @@ class Workspace:
         (path / "tiny").symlink_to(tiny)
         (path / "PHOTOS").symlink_to(images)
         (path / "SUBJECTS").mkdir()
-        (path / "SUBJECTS" / "candle").symlink_to(images)
+        for name in ("backpack_dog", "candle", "robot_toy", "wolf_plushie"):
+            (path / "SUBJECTS" / name).symlink_to(images)
         write_files(path / "CLASSES", class_files({"cats": 8, "dogs": 8, "fish": 8}))
         (path / "IMAGE.jpg").write_bytes(stored_image(0, form="JPEG"))
         self._write_pretraining_photos(path / "PRETRAINING")

@@ -40,7 +40,7 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
     example = Draft(previous_set=photos.id).to_browser()
     examine = listener(page, "photos", "examine")
     clicked = SimpleNamespace(action="own", files=[])
-    own, *_, shown = listener(page, "photos", "act")(example, clicked, None)
+    own, *_, shown, _ = listener(page, "photos", "act")(example, clicked, None)
     # The example was selected and left again: the checks run with the old draft and the signature of the current photos.
     late, examined = examine(example, shown, shown, None)
     cards, examined = examine(own, shown, examined, None)
@@ -48,6 +48,24 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
     assert "mine.png" in cards
     assert examined == shown
     assert examine(own, shown, examined, None) == gr.skip()
+
+
+def test_photos_whose_upload_is_shown_after_their_checks_are_checked_again(page, tmp_path):
+    """Two uploads at once: the checks after the first one see the files of the second, whose own response comes after them."""
+    for name, image in zip(("front.png", "side.png"), sample_images(), strict=False):
+        image.save(tmp_path / name)
+    request = SimpleNamespace(session_hash="one page", username=None)
+    add, examine = listener(page, "photos", "add"), listener(page, "photos", "examine")
+    first, *_, earlier, _ = add(Draft().to_browser(), [str(tmp_path / "front.png")], request)
+    _, _, _, shown, *_, signature, examined = add(first, [str(tmp_path / "side.png")], request)
+    _, seen = examine(first, earlier, [], request)
+    assert "checking" in shown
+    assert seen == signature
+    assert examined == []
+    checked, examined = examine(first, signature, examined, request)
+    assert "side.png" in checked
+    assert "checking" not in checked
+    assert examine(first, signature, examined, request) == gr.skip()
 
 
 def test_two_edits_of_photos_with_which_a_run_was_started_change_the_same_copy(page, workspace, tmp_path):

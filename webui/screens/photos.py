@@ -99,7 +99,7 @@ class _Photos:
     def _wire(self) -> None:
         """Connect the events."""
         draft = self.draft
-        view = [self.about, self.cards, self.model, self.path, self.train, self.check, self.signature]
+        view = [self.about, self.cards, self.model, self.path, self.train, self.check, self.signature, self.examined]
         begun = [
             event(self.show, [draft, self.signature], [self.lost, *view], **QUIET)
             for event in (self.context.page.load, self.context.draft_changed.change)
@@ -211,6 +211,8 @@ class _Photos:
             self.train: gr.Button(interactive=bool(photos.photos())),
             self.check: gr.Button(interactive=bool(photos.photos())),
             self.signature: _signature(photos, draft),
+            # An examination may have ended between an upload and this view of it, and its results are then replaced.
+            self.examined: [] if checked is None else _signature(photos, draft),
         }
 
 
