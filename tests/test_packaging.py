@@ -148,9 +148,12 @@ SHORT = (
     "--max_train_steps 2 --rank 4 --inner_r 2 --lr_warmup_steps 0 --validation_steps 2 --heldout_image none "
     "--num_candidate_images 0"
 )
-WHERE = (
-    "import nora_vision, training, pipelines.built_in; print(nora_vision.__file__, training.__file__, pipelines.built_in.ASSETS)"
-)
+# Without importing nora_vision, which would import the libraries once more.
+WHERE = """
+from importlib.util import find_spec
+from pipelines.built_in import ASSETS
+print(find_spec("nora_vision").origin, find_spec("training").origin, ASSETS)
+"""
 
 LICENCES = """
 from importlib.metadata import distribution

@@ -260,12 +260,13 @@ def test_the_built_in_clip_separates_good_from_bad():
     assert auc(right, wrong) > 0.8
 
 
-@pytest.mark.slow(21)
+@pytest.mark.slow(13)
 def test_on_the_built_in_model_each_score_separates_good_from_bad():
     (drawn, prompts), pipe = five_toys(), load_base_model(str(BUILT_IN_MODEL))
     good, bad, right, wrong, copied, fresh = [], [], [], [], [], []
     beyond_limit = {"fresh": [], "copied": []}
-    for mine, subject in enumerate(drawn):
+    # Three of the five, each against all others.
+    for mine, subject in enumerate(drawn[:3]):
         others = [images[place] for place, images in enumerate(drawn[:mine] + drawn[mine + 1 :])]
         judge = BaseModelScorer(pipe, subject[:4], others, 64)
         found = judge.scores([subject[4], *others], [prompts[4], *prompts[:4]])
