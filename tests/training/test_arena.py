@@ -20,7 +20,7 @@ from training.comparison.report import markdown, write_document, write_report
 from training.comparison.verdict import verdict_of
 from training.options.arena import parse_arena_options
 from training.runs.arena_files import BLIND, KEY, RATINGS, ArenaReport, Observation
-from training.runs.arena_results import MEASURES, comparisons_to_best, front_of, ranked
+from training.runs.arena_results import MEASURES, comparisons_to_best, front_of, points_of, ranked
 from training.runs.progress import PlannedPhase
 from training.runs.run_files import METRICS, RunStatus
 from training.runs.subject_files import EVALUATION
@@ -132,6 +132,18 @@ def test_a_lower_loss_is_better():
         observation(name, "toy", seed, loss, task="subject") for name, loss in (("a", 0.5), ("b", 0.4)) for seed in range(2)
     ]
     assert [one.variant for one in ranked(summaries_of(losses), "subject", None, "heldout_loss")] == ["b", "a"]
+
+
+def test_the_bounds_of_a_point_are_those_of_its_paired_difference_to_the_best(observations):
+    """The datasets differ much more than the methods."""
+    level = {"cats": 0.0, "leaves": 0.1, "signs": -0.4}
+    report = report_of(
+        [replace(one, values=one.values | {"top1": one.values["top1"] + level[one.dataset]}) for one in observations]
+    )
+    (best, _, quality, *bounds), *_, (worse, _, lowest, low, high) = points_of(report, "few-shot", 4)
+    assert (best, worse) == ("small", "worse")
+    assert bounds == [quality, quality]
+    assert lowest - 0.01 < low < lowest < high < lowest + 0.01
 
 
 def test_the_front_has_the_smallest_method_of_each_quality(observations):

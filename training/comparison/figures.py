@@ -67,7 +67,7 @@ def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) ->
         axes.invert_yaxis()
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(f"{measure.title}{f' at {shots} shots' if shots is not None else ''}")
-    axes.set_title("Quality against parameters; the line is the Pareto front")
+    axes.set_title("The line is the Pareto front; bars are 95% intervals of the difference to the best", fontsize=9)
     return figure
 
 

@@ -170,12 +170,18 @@ def front_of(report: ArenaReport, task: Task, shots: int | None) -> list[str]:
 
 
 def points_of(report: ArenaReport, task: Task, shots: int | None) -> list[tuple[str, float, float, float, float]]:
-    """Name, parameters, quality and the bounds of its interval of each variant with both."""
+    """Name, parameters, quality and its bounds of each variant with both, the best one first.
+
+    The bounds are those of the paired difference to the best variant: those of the mean tell how much the datasets differ.
+    """
     points = []
+    differences = {one.variant: one.difference for one in comparisons_to_best(report, task, shots)}
     for one in ranked(report.summaries, task, shots, PRIMARY[task]):
+        quality, difference = one.interval.value, differences.get(one.variant, Interval(0.0, 0.0, 0.0))
         parameters = mean_of(report.summaries, task, shots, "parameters", one.variant)
         if parameters is not None:
-            points.append((one.variant, parameters.interval.value, one.interval.value, one.interval.low, one.interval.high))
+            low, high = (quality + bound - difference.value for bound in (difference.low, difference.high))
+            points.append((one.variant, parameters.interval.value, quality, low, high))
     return points
 
 

@@ -105,7 +105,7 @@ def by_parameters(report: ArenaReport, task: Task, shots: int | None) -> Chart:
     intervals = [("interval", [(x(count), y(low)), (x(count), y(high))]) for _, count, _, low, high in points]
     return Chart(
         title=f"{measure.title} against parameters",
-        hint="Further up is better. The line is the Pareto front.",
+        hint="Further up is better. The line is the Pareto front; bars are 95% intervals of the difference to the best.",
         x_title="Trained parameters",
         x_ticks=[(f"{count:,}", x(count)) for count in count_ticks(min(counts), max(counts))],
         y_ticks=y_ticks,
