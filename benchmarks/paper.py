@@ -33,7 +33,7 @@ from pipelines.fewshot.sets import SETS
 from pipelines.methods import method_named
 from training.arena import main as train_subjects
 from training.comparison.cells import RECIPES
-from training.comparison.report import section
+from training.comparison.report import markdown
 from training.comparison.running import is_finished, run_cell
 from training.options.arena import parse_arena_options
 from training.runs.arena_files import ArenaReport, CellRecord
@@ -249,10 +249,9 @@ def _cell(measured: tuple[float, float] | None, published: float | None) -> str:
 
 
 def subject_table(options: BenchmarkOptions) -> Iterator[str]:
-    """Run what is not finished of the arena of the subjects; the lines of its table."""
-    report = ArenaReport.read(train_subjects(parse_arena_options(subject_command(options)[3:])).path)
-    yield section(report, "subject", ())
-    yield from (f"- {name} failed: {reason}" for name, reason in report.failed.items())
+    """Run what is not finished of the arena of the subjects; the lines of its report."""
+    arena = train_subjects(parse_arena_options(subject_command(options)[3:]))
+    yield markdown(ArenaReport.read(arena.path), {})
     yield f"- {SUBJECT_NOTES}"
 
 

@@ -7,11 +7,12 @@ import paper
 import pytest
 
 from pipelines.errors import InputError
+from pipelines.fewshot.metric_values import Interval
 from training.arena import schedule_of
 from training.options import parse_options
 from training.options.arena import parse_arena_options
 from training.options.fewshot import parse_fewshot_options
-from training.runs.arena_files import ArenaReport
+from training.runs.arena_files import ArenaReport, MeasureSummary
 from training.runs.run import RunDirectory
 
 
@@ -101,10 +102,9 @@ def test_finished_runs_are_not_repeated_and_stand_beside_the_published_figures(o
     monkeypatch.setattr(paper, "run_cell", run_cell)
     finish(paper.fewshot_runs(options)["dtd", "lora"], {("lora", 4): 0.625, ("lora", 16): 0.7})
     arena = RunDirectory.create(tmp_path / "arena", {})
-    verdict = {"subject": ["LoRA is best."]}
-    ArenaReport([], 500, None, failed={"subject/nora": "no such GPU"}, verdict=verdict).write(arena.path)
+    loss = MeasureSummary("subject", None, "lora", None, "heldout_loss", Interval(0.5, 0.25, 0.75), 4)
+    ArenaReport([], 500, None, summaries=[loss], failed={"subject/nora": "no such GPU"}).write(arena.path)
     monkeypatch.setattr(paper, "train_subjects", lambda _: arena)
-    monkeypatch.setattr(paper, "section", lambda report, task, _: report.verdict[task][0])
     figures = tmp_path / "published.csv"
     figures.write_text("method,dataset,shots,accuracy\nnora,dtd,16,70.5\n")
     options.published = str(figures)
@@ -114,10 +114,21 @@ def test_finished_runs_are_not_repeated_and_stand_beside_the_published_figures(o
     assert "| 4 | LoRA | - (82.7) | - (91.0) | 62.5 ± 1.0 (63.8) |" in printed
     assert "| 16 | LoRA | - (-) | - (-) | 70.0 ± 1.0 (-) |" in printed
     assert "| 16 | NoRA | - (-) | - (-) | - (70.5) |" in printed
-    assert "LoRA is best.\n- subject/nora failed: no such GPU\n" in printed
+    assert "| LoRA | 0.5000 (0.2500 to 0.7500) |" in printed
+    assert "- subject/nora: no such GPU\n" in printed
     assert len(started) == 8
     assert ("dtd", "lora") not in started
     assert printed.count("` failed: no such GPU") == 8
+
+
+def test_subjects_all_of_whose_runs_failed_are_reported_with_the_reasons(options, monkeypatch, capsys, tmp_path):
+    arena = RunDirectory.create(tmp_path / "arena", {})
+    ArenaReport([], 500, None, failed={"subject/lora": "no such GPU", "subject/nora": "no such GPU"}).write(arena.path)
+    monkeypatch.setattr(paper, "train_subjects", lambda _: arena)
+    options.tables = ["subjects"]
+    paper.main(options)
+    printed = capsys.readouterr().out
+    assert "- subject/lora: no such GPU\n- subject/nora: no such GPU\n" in printed
 
 
 def test_options_that_cannot_be_used_are_refused(options, tmp_path):

@@ -80,8 +80,8 @@ def _against_first(
     values: dict[str, dict[Split, float]] = defaultdict(dict)
     for one in group:
         values[one.variant][one.dataset, one.seed] = one.values[measure]
-    best = order[0] if order else ""
     for variant in order[1:]:
+        best = order[0]
         common = sorted(values[variant].keys() & values[best].keys())
         differences = {split: values[variant][split] - values[best][split] for split in common}
         if differences:

@@ -47,7 +47,8 @@ def observations_of(cell: Cell, arena: Path) -> Iterator[Observation]:
     folder = cell.folder(arena)
     name = str(folder.relative_to(arena))
     if cell.task == "subject":
-        values, curve = _subject_values(folder), loss_curve(folder)
+        curve = loss_curve(folder)
+        values = _subject_values(folder, curve[-1][0])
         yield Observation(cell.task, cell.dataset, cell.variant, None, cell.seed, values, name, curve)
         return
     for result in _report(folder).trials:
@@ -64,8 +65,8 @@ def _report(folder: Path) -> FewShotReport:
     return report
 
 
-def _subject_values(folder: Path) -> dict[str, float]:
-    """The measures of a subject's run."""
+def _subject_values(folder: Path, seconds: float) -> dict[str, float]:
+    """The measures of a subject's run, whose training took `seconds`."""
     evaluation, status = SubjectEvaluation.read(folder), RunRecord(folder).status()
     if evaluation is None:
         raise InputError(f"{str(folder)!r} has no {SubjectEvaluation.NAME}. Delete the folder to run the cell again.")
@@ -73,7 +74,7 @@ def _subject_values(folder: Path) -> dict[str, float]:
     costs = {
         "parameters": status.num_trainable_parameters,
         "bytes": stored_bytes(folder),
-        "seconds": loss_curve(folder)[-1][0],
+        "seconds": seconds,
         "peak_memory": status.peak_memory / MB,
     }
     return {name: getattr(evaluation, name) for name in names} | costs

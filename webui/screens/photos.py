@@ -203,6 +203,7 @@ class _Photos:
         model = _settings(draft).options.get("model", {}).get(MODEL) or DEMO
         choice = model if model in (DEMO, SDXL) else CHECKPOINT
         images = {path.stem: address(in_cache(path)) for path in FIRST_SCREEN.glob("*.webp")} if photos.is_example else {}
+        signature = _signature(photos, draft)
         return {
             self.about: render("photos_intro.html", images=images, has_own=draft.previous_set is not None),
             self.cards: cards(photos, draft, checked),
@@ -210,9 +211,9 @@ class _Photos:
             self.path: gr.Textbox(model if choice == CHECKPOINT else "", visible=choice == CHECKPOINT),
             self.train: gr.Button(interactive=bool(photos.photos())),
             self.check: gr.Button(interactive=bool(photos.photos())),
-            self.signature: _signature(photos, draft),
+            self.signature: signature,
             # An examination may have ended between an upload and this view of it, and its results are then replaced.
-            self.examined: [] if checked is None else _signature(photos, draft),
+            self.examined: [] if checked is None else signature,
         }
 
 
