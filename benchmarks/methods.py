@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from nora_vision.factors import low_rank_factors
 from pipelines import adapter_files
-from pipelines.adapter_method import ADAPTER_NAME, Probe, base_losses, trained_parameters, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, Probe, trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
+from pipelines.gradients import base_losses
 from pipelines.methods import REFERENCE, equation_of, method_named, method_names
 from pipelines.native_files import COMPACT, FULL
 from pipelines.tables import markdown_table, replace_parts

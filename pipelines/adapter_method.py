@@ -242,6 +242,10 @@ class AdapterMethod:
         """The names in `parameters` besides those of options, for a weight (m, n)."""
         return {"m": m, "n": n}
 
+    def learning_rate(self, task: Task, built_in: bool) -> float:
+        """The default peak learning rate with these options; see `TaskDefaults`."""
+        return self.defaults(task, built_in).learning_rate
+
     def learning_rate_factor(self, parameter_name: str) -> float:
         """The factor on the learning rate of the parameter with this name."""
         return 1.0
@@ -380,16 +384,6 @@ def adapters_off(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer, disabled in before.items():
             layer._disable_adapters = disabled
-
-
-def base_losses(losses: Losses, models: Iterable[nn.Module]) -> Losses:
-    """`losses` with the adapters of `models` disabled until the last loss has been differentiated."""
-
-    def of_base_model(count: int) -> Iterator[torch.Tensor]:
-        with adapters_off(models):
-            yield from losses(count)
-
-    return of_base_model
 
 
 def trained_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:

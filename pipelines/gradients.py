@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.adapter_method import Losses
+from pipelines.adapter_method import Losses, adapters_off
 from pipelines.errors import InputError
 from pipelines.lazy_modules import nn, torch
 
@@ -25,6 +25,16 @@ ORIGIN = "gradient_factors_origin"
 LOSS_SCALE = 1024.0
 # Bytes of float32 sums in memory at a time: all layers of the built-in models, about 160 attention layers of SDXL.
 GROUP_BYTES = 2**30
+
+
+def base_losses(losses: Losses, models: Iterable[nn.Module]) -> Losses:
+    """`losses` with the adapters of `models` disabled until the last loss has been differentiated."""
+
+    def of_base_model(count: int) -> Iterator[torch.Tensor]:
+        with adapters_off(models):
+            yield from losses(count)
+
+    return of_base_model
 
 
 def mean_gradients(

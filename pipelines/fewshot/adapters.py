@@ -15,13 +15,14 @@ from torch import nn
 
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
-from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, no_losses, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import attention_layers, separate
 from pipelines.errors import InputError
 from pipelines.fewshot.calibration import clip_calibration
 from pipelines.fewshot.target_layers import ENCODERS, IMAGE, TEXT, TargetLayers
+from pipelines.gradients import base_losses
 from pipelines.methods import method_of
 from pipelines.randomness import RandomStream, keyed_generator
 

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from pipelines import inner_forms as allowed
-from pipelines.adapter_method import (
-    ADAPTER_NAME,
-    AdapterMethod,
-    MethodTraining,
-    Probe,
-    TaskDefaults,
-    option,
-    tuner_layers,
-)
+from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining, Probe, TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
 from pipelines.inner_forms import WITHOUT_INNER_RANK, check_combinations, check_inner_form, check_scaling, check_slice
 from pipelines.lazy_modules import nn, torch
@@ -270,6 +262,21 @@ class Nora(AdapterMethod):
         ranks = {"rank": 32, "inner_r": 8} if built_in else {"rank": 24, "inner_r": 16}
         return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"])
 
+    def learning_rate(self, task: Task, built_in: bool) -> float:
+        """Lower for inner ranks above the default: a step changes B' A' by a sum over the inner rank, times the scaling.
+
+        The sum times alpha / inner_r grows with alpha, which is the inner rank unless it is given.
+        """
+        defaults = self.defaults(task, built_in)
+        usual = defaults.options.get("inner_r", NoraOptions.inner_r)
+        is_product = self.options.inner_form not in WITHOUT_INNER_RANK
+        return defaults.learning_rate * (min(1.0, usual / self._alpha) if is_product else 1.0)
+
+    @property
+    def _alpha(self) -> float:
+        """alpha, by default the inner rank, so that the scaling is 1."""
+        return self.options.inner_r if self.options.alpha is None else self.options.alpha
+
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. `start` computes the outer factors."""
         # Imported here, as `--help` needs only the options above.
@@ -279,7 +286,7 @@ class Nora(AdapterMethod):
         return NoraConfig(
             r=options.rank,
             inner_r=options.inner_r,
-            alpha=options.inner_r if options.alpha is None else options.alpha,
+            alpha=self._alpha,
             outer_init="awsvd",
             **{name: getattr(options, name) for name in CONFIG_FIELDS},
             outer_dtype="base" if self._is_recomputable else options.outer_dtype,

@@ -21,9 +21,10 @@ from nora_vision.calibration import BaseCalibration
 from nora_vision.export import NO_METADATA, export_both
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
-from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses
+from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
+from pipelines.gradients import base_losses
 from pipelines.methods import method_of
 from pipelines.native_files import COMPACT, FULL
 from pipelines.randomness import RandomStream, keyed_generator

@@ -9,6 +9,7 @@ from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, CLIP_WEIGHTS
 from pipelines.errors import InputError
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
+from training.options.fewshot import parse_fewshot_options
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
@@ -75,6 +76,23 @@ def test_the_learning_rate_fits_method_and_model():
     )
     assert sdxl["lora"] < sdxl["nora"]
     assert all(built_in[method] > rate for method, rate in sdxl.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "divisor"),
+    [
+        ("--inner_r 24 --rank 48", 3),
+        ("--inner_r 24 --rank 48 --alpha 8", 1),
+        ("--inner_r 8 --alpha 16", 2),
+        ("--inner_r 4", 1),
+        ("--inner_r 24 --inner_form full", 1),
+    ],
+)
+def test_the_default_rate_of_nora_falls_with_the_size_of_a_step(flags, divisor):
+    usual = parse_options([]).optimisation.learning_rate
+    assert parse_options(flags.split()).optimisation.learning_rate == pytest.approx(usual / divisor)
+    few_shot = [parse_fewshot_options(each).learning_rate("nora") for each in ([], flags.split())]
+    assert few_shot[1] == pytest.approx(few_shot[0] / divisor)
 
 
 def test_prodigy_has_a_learning_rate_of_one_with_every_method_and_model():

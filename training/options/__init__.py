@@ -13,7 +13,6 @@ from typing import Any
 from pipelines.adapter_options import AdapterOptions, unused_options
 from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
-from pipelines.methods import method_named
 from pipelines.optimizers import PRODIGY_LEARNING_RATE
 from pipelines.subject.target_layers import default_targets
 from training.options.command_line import parse_groups
@@ -74,7 +73,7 @@ class SubjectOptions:
         if self.optimisation.is_prodigy:
             return PRODIGY_LEARNING_RATE
         factor = BUILT_IN_RATE_FACTOR if built_in else 1
-        return factor * method_named(self.adapter.method).defaults("subject", built_in).learning_rate
+        return factor * self.adapter.create().learning_rate("subject", built_in)
 
     def prompts(self, captions: Iterable[str] = ()) -> list[str]:
         """All prompts of the run: `captions` of its images, the class prompt and the validation prompts."""

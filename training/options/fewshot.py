@@ -16,7 +16,7 @@ from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import MOST_VALIDATION, Shots
 from pipelines.fewshot.target_layers import TargetLayers
-from pipelines.methods import AUTO, DEFAULT, REFERENCE, method_named, method_names, title_of
+from pipelines.methods import AUTO, DEFAULT, REFERENCE, method_names, title_of
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
 from training.options.output import RunOptions
@@ -326,7 +326,7 @@ class FewShotOptions:
         """The peak learning rate of an adapter method."""
         if self.optimisation.learning_rate is not None:
             return self.optimisation.learning_rate
-        rate = method_named(method).defaults("few-shot", self.model.is_built_in).learning_rate
+        rate = self.adapter(method).create().learning_rate("few-shot", self.model.is_built_in)
         return rate * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
 
     def title(self) -> str:
