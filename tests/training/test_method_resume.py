@@ -14,6 +14,7 @@ from torch import nn
 
 from nora_vision import decomposition, initialization, moment_groups
 from pipelines import adapter_files
+from pipelines.adapter_method import AdapterMethod
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
 from pipelines.errors import InputError
@@ -21,7 +22,7 @@ from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.adapters import attach as attach_to_clip
 from pipelines.fewshot.adapters import start as start_on_clip
 from pipelines.fewshot.quantization import quantized
-from pipelines.methods import DEFAULT, method_names
+from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
 from pipelines.methods.nora import NoraTraining
 from pipelines.optimizers import Adam, Rates, parameter_groups
 from pipelines.subject.adapters import attach, start
@@ -133,8 +134,16 @@ def assert_resumes_exactly(task, method, folder, **more):
 tasks = pytest.mark.parametrize("task", [subject, few_shot])
 
 
-@tasks
-@pytest.mark.parametrize("method", method_names())
+def with_state():
+    """The methods that have hooks in the loop, which their checkpoints must restore."""
+    return [name for name in method_names() if method_named(name).training is not AdapterMethod.training]
+
+
+# Without hooks, a method is its tensors to the loop, on both tasks alike.
+@pytest.mark.parametrize(
+    ("method", "task"),
+    [*((name, subject) for name in method_names()), *((name, few_shot) for name in (REFERENCE, *with_state()))],
+)
 def test_a_training_stopped_in_the_middle_ends_in_the_same_files(method, task, tmp_path):
     assert_resumes_exactly(task, method, tmp_path)
 

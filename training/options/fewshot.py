@@ -22,8 +22,8 @@ from training.options.command_line import parse_groups
 from training.options.output import RunOptions
 
 DEFAULT_METHODS = ("zeroshot", "pixels", "linear_probe", REFERENCE, DEFAULT)
-# AUTO takes the one with the higher accuracy on the validation images. Next to the adapter, the probe costs nothing.
-AUTO_METHODS = ("linear_probe", DEFAULT)
+# AUTO takes the one with the higher accuracy on the validation images. Next to the adapter, GDA costs nothing.
+AUTO_METHODS = ("gda", DEFAULT)
 ALL = "all"
 NEED_FULL_PRECISION = ("merged", "torch", "onnx")
 EXPORTS = ("lora", *NEED_FULL_PRECISION)
