@@ -71,6 +71,8 @@ def main(options: ArenaOptions) -> RunDirectory | None:
     run = RunDirectory(Path(options.output.output_dir).resolve())
     with locked(run.path), run.recording():
         ResolvedOptions(options.to_dict()).write(run.path)
+        # Another arena in this directory may have ended since they were read.
+        schedule.results.read()
         schedule.results.write()
         if not options.output.report_only:
             with workers_of(options.output) as workers:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from training.comparison.blind import write_sheets
 from training.comparison.figures import write_figures
 from training.comparison.measures import loss_curve
 from training.comparison.report import markdown, write_document, write_report
+from training.comparison.results import CellResults, read_results
 from training.comparison.verdict import verdict_of
 from training.options.arena import parse_arena_options
-from training.runs.arena_files import BLIND, KEY, RATINGS, ArenaReport, Observation
+from training.runs.arena_files import BLIND, KEY, RATINGS, RESULTS, ArenaReport, CellResult, Observation
 from training.runs.arena_results import MEASURES, comparisons_to_best, front_of, points_of, ranked
 from training.runs.progress import PlannedPhase
 from training.runs.run_files import METRICS, RunStatus
@@ -241,6 +243,20 @@ def test_ratings_that_somebody_has_filled_in_are_not_replaced(tmp_path):
     (tmp_path / BLIND / RATINGS).write_text("filled in")
     write_sheets([one], tmp_path)
     assert (tmp_path / BLIND / RATINGS).read_text() == "filled in"
+
+
+def test_results_that_another_arena_wrote_until_the_directory_was_free_are_kept(tmp_path, monkeypatch):
+    result = CellResult("few-shot", "cats", "lora", "sweep", 0.01, None, "key", "done", None)
+
+    @contextmanager
+    def used_until_now(folder):
+        CellResults(folder).add(result)
+        yield
+
+    monkeypatch.setattr("training.arena.locked", used_until_now)
+    flags = ["--datasets", "digits", "--methods", "zeroshot", "--report_only", "--output_dir", str(tmp_path / "arena")]
+    main(parse_arena_options(flags))
+    assert read_results(tmp_path / "arena" / RESULTS) == [result]
 
 
 @pytest.mark.slow(60)

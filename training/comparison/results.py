@@ -26,10 +26,14 @@ class CellResults:
     """
 
     def __init__(self, arena: Path, others: Sequence[Path] = (), retry_failed: bool = False) -> None:
-        self._arena = arena
-        written = [arena / RESULTS] if (arena / RESULTS).exists() else []
-        results = [result for path in (*others, *written) for result in read_results(path)]
-        self._by_key = {one.key: one for one in results if not (retry_failed and one.state == "failed")}
+        self._arena, self._others, self._retry_failed = arena, others, retry_failed
+        self.read()
+
+    def read(self) -> None:
+        """Read the files, again when no other arena writes them any more. Raises: InputError if one cannot be read."""
+        written = [self._arena / RESULTS] if (self._arena / RESULTS).exists() else []
+        results = [result for path in (*self._others, *written) for result in read_results(path)]
+        self._by_key = {one.key: one for one in results if not (self._retry_failed and one.state == "failed")}
 
     def of(self, cell: Cell) -> CellResult | None:
         """The result of `cell`; None if it has not ended, or is to be run again."""
