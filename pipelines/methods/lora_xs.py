@@ -41,7 +41,7 @@ class LoraXs(Nora):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """About NoRA's parameters on the same layers, and its learning rates."""
+        """About NoRA's parameters on the same layers."""
         return TaskDefaults(3e-4, {"rank": 22}) if task == "subject" else TaskDefaults(1e-3, {"rank": 16})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
@@ -78,6 +78,10 @@ class LoraXs(Nora):
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
         """No hooks."""
         return MethodTraining(models, total_steps)
+
+    def learning_rate(self, task: Task, built_in: bool) -> float:
+        """The same for all ranks."""
+        return self.defaults(task, built_in).learning_rate
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """1 for R."""

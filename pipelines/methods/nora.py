@@ -258,7 +258,7 @@ class Nora(AdapterMethod):
         NoRA's parameters do not grow with a layer's width, so few of them are best spent on the most important layers.
         """
         if task == "subject":
-            return TaskDefaults(3e-4, {"rank": 32, "gradient_batches": 32})
+            return TaskDefaults(1e-4, {"rank": 32, "gradient_batches": 32})
         ranks = {"rank": 32, "inner_r": 8} if built_in else {"rank": 24, "inner_r": 16}
         return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"])
 

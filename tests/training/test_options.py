@@ -71,10 +71,10 @@ def test_the_default_image_scorer_is_the_built_in_clip_for_the_built_in_model_an
 
 def test_the_learning_rate_fits_method_and_model():
     built_in, sdxl = (
-        {m: parse_options(["--method", m, *more]).optimisation.learning_rate for m in ("nora", "lora", "dora")}
+        {m: parse_options(["--method", m, *more]).optimisation.learning_rate for m in ("nora", "lora", "vera")}
         for more in ([], ["--pretrained_model_name_or_path", "owner/model"])
     )
-    assert sdxl["lora"] < sdxl["nora"]
+    assert sdxl["nora"] < sdxl["vera"]
     assert all(built_in[method] > rate for method, rate in sdxl.items())
 
 

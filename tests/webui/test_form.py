@@ -69,7 +69,7 @@ def test_an_empty_field_shows_what_the_preset_the_trainer_or_the_default_decides
     shown = state(SubjectPlan, workspace, preset="Fast")
     assert shown["base"]["optimisation.max_train_steps"] == "160"
     assert shown["notes"]["optimisation.max_train_steps"].startswith("Fast: ")
-    assert shown["base"]["optimisation.learning_rate"] == "0.003"
+    assert shown["base"]["optimisation.learning_rate"] == "0.001"
     assert shown["base"]["data.center_crop"] == "on"
     assert shown["base"]["adapter.method"] == "NoRA"
     assert "data.cache_dir" not in shown["base"]
