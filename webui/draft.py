@@ -41,6 +41,7 @@ class Value:
         value: the value of the option.
         reason: the reason, one sentence.
         below: it applies to datasets with fewer images; None for all.
+        method: it applies to this adapter method of a subject; None for all.
     """
 
     presets: list[str]
@@ -48,6 +49,7 @@ class Value:
     value: Any
     reason: str
     below: int | None = None
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,15 @@ class Preset:
     purpose: str
     values: tuple[Value, ...]
 
-    def of(self, num_images: int) -> Iterator[Value]:
-        """The values for a dataset of so many images."""
-        return (each for each in self.values if each.below is None or num_images < each.below)
+    def of(self, num_images: int, method: str) -> Iterator[Value]:
+        """The values for a dataset of so many images and an adapter method."""
+        for each in self.values:
+            if (each.below is None or num_images < each.below) and each.method in (None, method):
+                yield each
 
-    def options(self, num_images: int) -> Values:
+    def options(self, num_images: int, method: str) -> Values:
         """The option values by group and name."""
-        values = [(*each.option.split("."), each.value) for each in self.of(num_images)]
+        values = [(*each.option.split("."), each.value) for each in self.of(num_images, method)]
         return merged(*({group: {name: value}} for group, name, value in values))
 
 

@@ -40,11 +40,11 @@ def form_key(plan: Plan) -> str:
 
 def form_state(plan: Plan) -> dict[str, Any]:
     """What the form shows beside the user's values, which it shows only if its key has changed."""
-    preset, num_images, options = plan.preset, plan.num_images, plan.settings.options
-    before = merged(defaults(plan.task), preset.options(num_images))
+    preset, options = plan.preset, plan.settings.options
+    before = merged(defaults(plan.task), preset.options(plan.num_images, plan.method))
     errors, resolved = _errors_and_resolved(plan)
     (methods,) = [fields[METHOD] for fields in merged(before, options).values() if METHOD in fields]
-    notes = {each.option: f"{preset.name}: {each.reason}" for each in preset.of(num_images)}
+    notes = {each.option: f"{preset.name}: {each.reason}" for each in plan.preset_values}
     if methods in method_names():
         notes[f"adapter.{METHOD}"] = f"{title_of(methods)}: {equation_of(methods)}"
     return {
@@ -52,7 +52,7 @@ def form_state(plan: Plan) -> dict[str, Any]:
         "set": plan.key,
         "values": options,
         "base": _base(plan, before, without(resolved, options)),
-        "sources": {each.option: preset.name for each in preset.of(num_images)},
+        "sources": {each.option: preset.name for each in plan.preset_values},
         "notes": notes,
         "errors": errors,
         "methods": [methods] if isinstance(methods, str) else methods,
@@ -112,7 +112,7 @@ def settings_updates(plan: Plan) -> tuple[Any, ...]:
     """The updates of the components of `build_settings`."""
     by_group = form_fields(plan.task, plan.workspace.is_local)
     labels = {f"{group}.{field.name}": field.label for group, fields in by_group.items() for field in fields}
-    rows = [(f"{labels[each.option]} {written(each.value)}", each.reason) for each in plan.preset.of(plan.num_images)]
+    rows = [(f"{labels[each.option]} {written(each.value)}", each.reason) for each in plan.preset_values]
     try:
         command = plan.command
     except InputError as error:

@@ -19,6 +19,7 @@ import psutil
 from pipelines.built_in import is_built_in, portable_name
 from pipelines.errors import InputError
 from pipelines.fewshot.layouts import counted
+from pipelines.methods import AUTO, DEFAULT
 from pipelines.subject.heldout import MIN_IMAGES_TO_HOLD_OUT
 from pipelines.wording import with_article
 from training.fewshot.plan import estimated_seconds
@@ -32,7 +33,7 @@ from training.runs.snapshot import RunSnapshot
 from training.subject.plan import DEMO_PACE, Pace, expected_pace, total_seconds
 from webui import launching
 from webui.datasets import Dataset
-from webui.draft import EXAMPLE, Draft, Preset, RunSettings, presets_of
+from webui.draft import EXAMPLE, Draft, Preset, RunSettings, Value, presets_of
 from webui.form_schema import SET_BY_THE_PAGE, validated
 from webui.labelled_datasets import EXAMPLES, LabelledClasses, class_datasets, dataset_in, find_classes
 from webui.runs import duration
@@ -101,10 +102,20 @@ class Plan:
         by_name = {preset.name: preset for preset in self.presets}
         return by_name.get(self.settings.preset, by_name[self.default_preset])
 
+    @property
+    def method(self) -> str:
+        """The adapter method of a subject."""
+        return method_of(self.settings.options)
+
+    @property
+    def preset_values(self) -> tuple[Value, ...]:
+        """The values of the preset that apply."""
+        return tuple(self.preset.of(self.num_images, self.method))
+
     @cached_property
     def values(self) -> Values:
         """All options that were chosen or depend on the dataset, not checked."""
-        return self.complete(merged(self.preset.options(self.num_images), self.settings.options))
+        return self.complete(merged(self.preset.options(self.num_images, self.method), self.settings.options))
 
     @cached_property
     def checked(self) -> tuple[Values, Options]:
@@ -144,7 +155,8 @@ class Plan:
         key, given, candidates = cls(workspace, draft).key, merged(defaults(cls.task), without(options, by_the_page)), []
         for preset in cls.presets:
             settings = replace(RunSettings.of_run(options), preset=preset.name)
-            values = cls(workspace, draft.with_settings(key, settings)).values
+            plan = cls(workspace, draft.with_settings(key, settings))
+            values = plan.complete(preset.options(plan.num_images, method_of(options)))
             of_preset = merged(defaults(cls.task), without(values, by_the_page))
             changed = {
                 group: {name: given[group][name] for name, value in fields.items() if given[group][name] != value}
@@ -261,6 +273,12 @@ class ClassifierPlan(Plan):
         if not options.model.is_built_in:
             return what, options.model.model, None
         return what, None, estimated_seconds(options, len(self.classes.classes), self.classes.fewest, self.classes.num_tested)
+
+
+def method_of(options: Values) -> str:
+    """The adapter method of a subject's options, which lack those that were not chosen."""
+    method = options.get("adapter", {}).get("method")
+    return DEFAULT if method in (None, "", AUTO) else method
 
 
 def measured(record: RunRecord) -> DryRunReport | None:

@@ -180,7 +180,7 @@ def server(app_server):
     """A server with runs of several kinds."""
     server = app_server()
     set_title(finished_run(server.runs / "20260101-000001-first").path, "First duck")
-    fast = next(preset for preset in SubjectPlan.presets if preset.name == "Fast").options(5)
+    fast = next(preset for preset in SubjectPlan.presets if preset.name == "Fast").options(5, "lora")
     other = with_options(finished_run(server.runs / "20260101-000002-other"), **fast, adapter={"method": "lora"})
     set_title(other.path, "Other duck")
     run_in(server.runs / "20260101-000003-cut", "interrupted", steps=40)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from class_folders import colour_set
 
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_images
 from pipelines.subject.heldout import MIN_IMAGES_TO_HOLD_OUT, num_folds
@@ -139,6 +140,15 @@ def test_fast_does_not_cross_validate(workspace, tmp_path, count, heldout, folds
     _, options = validated(workspace, "subject", SubjectPlan(workspace, draft).values)
     assert options.data.heldout_image == heldout
     assert num_folds(count, heldout) == folds
+
+
+def test_the_ranks_of_best_are_for_the_default_method_alone(workspace):
+    ranks = {}
+    for method in ("nora", "auto", "lora"):
+        plan = SubjectPlan(workspace, of_example(preset="Best", options={"adapter": {"method": method}}))
+        ranks[method] = plan.checked[1].adapter.rank
+        assert any(each.option == "adapter.rank" for each in plan.preset_values) == (method != "lora")
+    assert ranks == {"nora": 48, "auto": 48, "lora": AdapterOptions("lora").rank}
 
 
 def minutes(line):
