@@ -124,3 +124,11 @@ def test_a_rate_whose_training_failed_is_not_chosen():
 
 def test_a_single_rate_is_chosen_without_extensions():
     assert choose_rate([0.1], lambda rate: 1.0) == (0.1, [])
+
+
+def test_rates_are_the_same_numbers_whichever_others_they_were_computed_from():
+    asked = set()
+    for default in (3e-4 * 10, 1e-4 * 10):
+        choose_rate([default * factor for factor in (0.3, 1.0, 3.0)], lambda rate: asked.add(rate) or rate)
+    assert {0.0003, 0.0009, 0.001, 0.003, 0.009} <= asked
+    assert all(rate == float(f"{rate:.6g}") for rate in asked)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 # Rates beyond the given ones, on the side of the best one.
 MAX_EXTENSIONS = 2
+# Significant digits of a rate, so that it is the same number whichever others it was computed from.
+DIGITS = 6
 
 
 def choose_rate(candidates: Sequence[float], score_at: Callable[[float], float | None]) -> tuple[float | None, list[float]]:
@@ -15,11 +17,11 @@ def choose_rate(candidates: Sequence[float], score_at: Callable[[float], float |
     If the best rate is the smallest or largest one, the next one on that side is needed too, up to `MAX_EXTENSIONS` in all.
 
     Args:
-        candidates: sorted, each above 0.
+        candidates: sorted, each above 0; they are rounded to `DIGITS`.
         score_at: the score of a rate, lower is better, infinite for a training that failed; None if it is not known yet.
     Returns: the rate, None if it cannot be chosen yet or every training failed; and the rates without a score.
     """
-    rates = list(candidates)
+    rates = list(map(_rounded, candidates))
     for extension in range(MAX_EXTENSIONS + 1):
         scores = {rate: score_at(rate) for rate in rates}
         if missing := [rate for rate, score in scores.items() if score is None]:
@@ -39,4 +41,8 @@ def _beyond(rates: Sequence[float], best: float) -> float | None:
     if len(rates) < 2 or best not in (rates[0], rates[-1]):
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
-    return best * best / neighbour
+    return _rounded(best * best / neighbour)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.{DIGITS}g}")
