@@ -59,7 +59,8 @@ def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) ->
         axes.plot(
             parameters, quality, marker=f"${number}$", linestyle="none", markersize=9, color=colour, label=variant_title(name)
         )
-    figure.legend(loc="outside right upper", fontsize=7)
+    key = "Line: the Pareto front. Bars: 95% intervals\nof the difference to the best method."
+    figure.legend(loc="outside right upper", fontsize=7, title=key, title_fontsize=8)
     on_front = {name: (parameters, quality) for name, parameters, quality, *_ in points}
     axes.plot(*zip(*(on_front[name] for name in front), strict=True), color=FRONT_COLOUR, linewidth=1, alpha=0.5, zorder=0)
     axes.set_xscale("symlog", linthresh=100)
@@ -67,7 +68,6 @@ def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) ->
         axes.invert_yaxis()
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(f"{measure.title}{f' at {shots} shots' if shots is not None else ''}")
-    axes.set_title("The line is the Pareto front; bars are 95% intervals of the difference to the best", fontsize=9)
     return figure
 
 
