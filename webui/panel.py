@@ -41,7 +41,7 @@ def form_key(plan: Plan) -> str:
 def form_state(plan: Plan) -> dict[str, Any]:
     """What the form shows beside the user's values, which it shows only if its key has changed."""
     preset, options = plan.preset, plan.settings.options
-    before = merged(defaults(plan.task), preset.options(plan.num_images, plan.method))
+    before = merged(defaults(plan.task), plan.preset_options)
     errors, resolved = _errors_and_resolved(plan)
     (methods,) = [fields[METHOD] for fields in merged(before, options).values() if METHOD in fields]
     notes = {each.option: f"{preset.name}: {each.reason}" for each in plan.preset_values}

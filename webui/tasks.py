@@ -105,17 +105,22 @@ class Plan:
     @property
     def method(self) -> str:
         """The adapter method of a subject."""
-        return method_of(self.settings.options)
+        return chosen_method(self.settings.options)
 
     @property
     def preset_values(self) -> tuple[Value, ...]:
         """The values of the preset that apply."""
         return tuple(self.preset.of(self.num_images, self.method))
 
+    @property
+    def preset_options(self) -> Values:
+        """`preset_values` by group and name."""
+        return self.preset.options(self.num_images, self.method)
+
     @cached_property
     def values(self) -> Values:
         """All options that were chosen or depend on the dataset, not checked."""
-        return self.complete(merged(self.preset.options(self.num_images, self.method), self.settings.options))
+        return self.complete(merged(self.preset_options, self.settings.options))
 
     @cached_property
     def checked(self) -> tuple[Values, Options]:
@@ -156,7 +161,7 @@ class Plan:
         for preset in cls.presets:
             settings = replace(RunSettings.of_run(options), preset=preset.name)
             plan = cls(workspace, draft.with_settings(key, settings))
-            values = plan.complete(preset.options(plan.num_images, method_of(options)))
+            values = plan.complete(preset.options(plan.num_images, chosen_method(options)))
             of_preset = merged(defaults(cls.task), without(values, by_the_page))
             changed = {
                 group: {name: given[group][name] for name, value in fields.items() if given[group][name] != value}
@@ -275,7 +280,7 @@ class ClassifierPlan(Plan):
         return what, None, estimated_seconds(options, len(self.classes.classes), self.classes.fewest, self.classes.num_tested)
 
 
-def method_of(options: Values) -> str:
+def chosen_method(options: Values) -> str:
     """The adapter method of a subject's options, which lack those that were not chosen."""
     method = options.get("adapter", {}).get("method")
     return DEFAULT if method in (None, "", AUTO) else method

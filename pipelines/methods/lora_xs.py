@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.adapter_method import LowRankOptions, MethodTraining, Probe, TaskDefaults
+from pipelines.adapter_method import AdapterMethod, LowRankOptions, MethodTraining, Probe, TaskDefaults
 from pipelines.inner_forms import check_scaling
 from pipelines.lazy_modules import nn
 from pipelines.methods.nora import Nora
@@ -38,6 +38,8 @@ class LoraXs(Nora):
     without_effect: frozenset[str] = frozenset()
     parameters = "rank * rank"
     Options = LoraXsOptions
+    # The same for all ranks, unlike NoRA's.
+    learning_rate = AdapterMethod.learning_rate
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
@@ -78,10 +80,6 @@ class LoraXs(Nora):
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
         """No hooks."""
         return MethodTraining(models, total_steps)
-
-    def learning_rate(self, task: Task, built_in: bool) -> float:
-        """The same for all ranks."""
-        return self.defaults(task, built_in).learning_rate
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """1 for R."""
