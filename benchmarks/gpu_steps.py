@@ -36,7 +36,7 @@ from pipelines.clip import load_clip
 from pipelines.corpus import join, rendered_corpus
 from pipelines.errors import InputError
 from pipelines.mini_sdxl import RESOLUTION
-from pipelines.optimizers import Adam, Rates, parameter_groups
+from pipelines.optimizers import OptimizerSettings, Rates, parameter_groups
 from pipelines.quantization import compute_dtype
 from pipelines.subject import adapters
 from pipelines.subject.base_model import PromptEmbeddings, quantize_components
@@ -160,7 +160,7 @@ class AdapterTraining:
         if backend is not None:
             pipeline.unet.compile_repeated_blocks(backend=backend, fullgraph=True)
         self.loss, self.subject = DenoisingLoss(pipeline), subject
-        optimizer = Adam(paged=quantized).optimizer(parameter_groups(self.loss, Rates(1e-4)))
+        optimizer = OptimizerSettings(paged=quantized).optimizer(parameter_groups(self.loss, Rates(1e-4)))
         self.step = context.enter_context(stepping(self.loss, self._batch_at, optimizer, precision))
         self.first_step = self.step()
         self.nbytes = allocated() - before

@@ -16,6 +16,7 @@ from pipelines.adapter_checks import PEFT_ERRORS, check_rank, check_ranks_of_fil
 from pipelines.errors import InputError
 from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, read_native, write_native
+from pipelines.optimizers import ADAMW
 from pipelines.option_checks import above_zero, at_least, below_one
 from pipelines.run_options import Task
 
@@ -69,11 +70,13 @@ class TaskDefaults:
         learning_rate: the peak learning rate on models of full width; recipes raise it for the narrow built-in ones.
         options: defaults of the options whose default in `Options` is None, by field name.
         target_layers: name endings of the layers to adapt; None for the task's default.
+        optimizer: the optimiser of classification, one of `OPTIMIZERS`.
     """
 
     learning_rate: float
     options: Mapping[str, Any] = field(default_factory=dict)
     target_layers: Sequence[str] | None = None
+    optimizer: str = ADAMW
 
 
 class MethodTraining:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import safetensors
     import torch
     import transformers
+    from timm import optim as timm_optim
     from torch import nn
     from torch.nn import functional
     from torch.nn.utils import parametrize
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 else:
     torch, safetensors, transformers = map(LazyModule, ("torch", "safetensors", "transformers"))
     nn, functional, parametrize = map(LazyModule, ("torch.nn", "torch.nn.functional", "torch.nn.utils.parametrize"))
+    timm_optim = LazyModule("timm.optim")
     # Subclasses of nn.Module, whose definition needs torch.
     parametrizations = LazyModule("pipelines.parametrizations")
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.lazy_modules import nn, torch
+from pipelines.errors import InputError
+from pipelines.lazy_modules import nn, timm_optim, torch
 from pipelines.packages import installed
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-OPTIMIZERS = ("adamw", "prodigy")
+ADAMW, MUON, PRODIGY = OPTIMIZERS = ("AdamW", "Muon", "Prodigy")
 # Prodigy estimates its step size; the learning rate is a factor on the estimate.
 PRODIGY_LEARNING_RATE = 1.0
 
@@ -50,21 +51,31 @@ def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
 
 
+def optimizer_named(name: str, names: Sequence[str] = OPTIMIZERS) -> str:
+    """The one of `names` that `name` is, in any case. Raises: InputError for another name."""
+    found = {each.lower(): each for each in names}
+    if name.lower() not in found:
+        raise InputError(f"optimizer must be one of {', '.join(names)}, got {name!r}.")
+    return found[name.lower()]
+
+
 @dataclass(frozen=True)
-class Adam:
-    """The settings of AdamW or Prodigy; the defaults are those of diffusers' training scripts.
+class OptimizerSettings:
+    """The settings of an optimiser; the defaults are those of diffusers' training scripts.
 
     Args:
-        kind: "adamw" or "prodigy"  [Mishchenko and Defazio 2023].
+        name: one of `OPTIMIZERS`. Prodigy estimates its step size  [Mishchenko and Defazio 2023]. Muon's step on a matrix is the
+            momentum of its gradient with all singular values made equal  [Jordan et al. 2024], as large as AdamW's
+            [Liu et al. 2025]; parameters that are no matrices are trained by AdamW.
         eight_bit: store AdamW's moments in 8 bits, for parameters of 4,096 entries or more.
         paged: keep AdamW's moments in memory that moves to the CPU when a GPU has too little  [QLoRA, Dettmers et al. 2023]; no
             effect on CPUs.
-        betas: decay rates of the first and the second moment of the gradient.
-        epsilon: added to the denominator.
+        betas: decay rates of the first and the second moment of the gradient; Muon has the first alone.
+        epsilon: added to the denominator of AdamW and Prodigy.
         weight_decay: decoupled.
     """
 
-    kind: str = "adamw"
+    name: str = ADAMW
     eight_bit: bool = False
     paged: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
@@ -77,7 +88,9 @@ class Adam:
         Raises: InputError naming the package to install if it is missing.
         """
         shared = {"lr": groups[0]["lr"], "betas": self.betas, "eps": self.epsilon, "weight_decay": self.weight_decay}
-        if self.kind == "prodigy":
+        if self.name == MUON:
+            return self._muon(groups)
+        if self.name == PRODIGY:
             prodigy = installed("prodigyopt", "--optimizer prodigy").Prodigy
             return prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **shared)
         on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
@@ -88,6 +101,16 @@ class Adam:
             return installed("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **shared)
         # On the CPU, torch's default loops over the parameters in Python; on a GPU, the default is fast.
         return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
+
+    def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Muon for the matrices of each group, of whatever shape, and AdamW for its other parameters."""
+        parts = [
+            group | {"params": parameters, "use_muon": is_matrix, "nesterov": is_matrix}
+            for group in groups
+            for is_matrix in (True, False)
+            if (parameters := [each for each in group["params"] if (each.ndim == 2) == is_matrix])
+        ]
+        return timm_optim.Muon(parts, momentum=self.betas[0], betas=self.betas, weight_decay=self.weight_decay)
 
 
 def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -43,7 +43,7 @@ from PIL import Image
 
 from nora_vision import sdxl_calibration
 from pipelines.export_error import expected_left_out, has_lycoris_form, left_out_sentence
-from pipelines.optimizers import Adam, Rates, parameter_groups, trainable_parameters
+from pipelines.optimizers import OptimizerSettings, Rates, parameter_groups, trainable_parameters
 from pipelines.prompt_syntax import training_warnings
 from pipelines.quantization import CALIBRATION, UNQUANTIZED, compute_dtype, summary
 from pipelines.subject import adapters
@@ -316,7 +316,7 @@ class SubjectTraining:
         if self.options.model.gradient_checkpointing:
             self.loss.unet.enable_gradient_checkpointing()
         rates = Rates(optimisation.learning_rate, tuple(optimisation.text_encoder_lr or ()), method.learning_rate_factor)
-        optimizer = adam_of(optimisation, self.options.model.quantize).optimizer(parameter_groups(self.loss, rates))
+        optimizer = optimizer_settings(optimisation, self.options.model.quantize).optimizer(parameter_groups(self.loss, rates))
         schedule = get_scheduler(
             optimisation.lr_scheduler,
             optimizer,
@@ -337,10 +337,10 @@ def unquantized_folder(run: RunDirectory, options: SubjectOptions, accelerator: 
     return run.path / CALIBRATION / f"{UNQUANTIZED}-{accelerator.process_index}"
 
 
-def adam_of(optimisation: OptimisationOptions, quantize: str | None = None) -> Adam:
+def optimizer_settings(optimisation: OptimisationOptions, quantize: str | None = None) -> OptimizerSettings:
     """The settings of the optimiser, which is paged for a quantised base model."""
-    return Adam(
-        optimisation.optimizer.lower(),
+    return OptimizerSettings(
+        optimisation.optimizer,
         optimisation.use_8bit_adam,
         quantize is not None,
         (optimisation.adam_beta1, optimisation.adam_beta2),

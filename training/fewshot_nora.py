@@ -66,7 +66,8 @@ def main(options: FewShotOptions) -> RunDirectory:
     Raises: InputError for options or images that cannot be used, before any long work starts.
     """
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
-    check_can_shard(accelerator, "AdamW", False, [options.adapter(name).create() for name in options.method.adapters()])
+    for name in options.method.adapters():
+        check_can_shard(accelerator, options.optimizer(name), False, [options.adapter(name).create()])
     check_outputs(options)
     for sentence in options.method.unused():
         logger.warning(sentence)

@@ -64,7 +64,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "subject": {
         METHOD: ORDERED_METHODS,
         "lr_scheduler": SCHEDULES,
-        "optimizer": tuple({"adamw": "AdamW", "prodigy": "Prodigy"}.get(name, name) for name in OPTIMIZERS),
+        "optimizer": OPTIMIZERS,
     },
     "classify": {METHOD: (*BASELINES, *ORDERED_METHODS)},
 }

@@ -16,6 +16,7 @@ from pipelines.errors import InputError
 from pipelines.inner_forms import WITHOUT_INNER_RANK, check_combinations, check_inner_form, check_scaling, check_slice
 from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import COMPACT, FULL
+from pipelines.optimizers import MUON
 from pipelines.option_checks import above_zero, at_least, below_one, check_choices, one_of, within
 from pipelines.outer_factors import GradientBasis, cached_statistics, set_ranks_under_budget
 from pipelines.progress import shown_by
@@ -260,7 +261,7 @@ class Nora(AdapterMethod):
         if task == "subject":
             return TaskDefaults(1e-4, {"rank": 32, "gradient_batches": 32})
         ranks = {"rank": 32, "inner_r": 8} if built_in else {"rank": 24, "inner_r": 16}
-        return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"])
+        return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"], MUON)
 
     def learning_rate(self, task: Task, built_in: bool) -> float:
         """Lower for inner ranks above the default: a step changes B' A' by a sum over the inner rank, times the scaling.

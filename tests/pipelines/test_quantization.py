@@ -32,7 +32,7 @@ from pipelines.fewshot.adapters import encoder
 from pipelines.fewshot.quantization import quantized as quantized_towers
 from pipelines.fewshot.target_layers import IMAGE, TEXT, TargetLayers
 from pipelines.methods import method_named, method_names
-from pipelines.optimizers import Adam
+from pipelines.optimizers import OptimizerSettings
 from pipelines.quantization import compute_dtype, quantize_linear_layers, summary
 from pipelines.subject import adapters
 from pipelines.subject.base_model import QUANTIZED_COMPONENTS, load_base_model, quantization_errors, quantize_components
@@ -349,7 +349,7 @@ def test_a_start_at_the_residual_that_its_form_cannot_have_is_refused_with_the_o
 def test_the_optimiser_is_paged_on_other_devices_than_cpus(eight_bit, name):
     def made(device):
         parameters = [nn.Parameter(torch.zeros(2, device=device))]
-        return Adam(eight_bit=eight_bit, paged=True).optimizer([{"params": parameters, "lr": 1e-3}])
+        return OptimizerSettings(eight_bit=eight_bit, paged=True).optimizer([{"params": parameters, "lr": 1e-3}])
 
     assert type(made("meta")) is getattr(bitsandbytes.optim, name)
     assert type(made("cpu")) is (bitsandbytes.optim.AdamW8bit if eight_bit else torch.optim.AdamW)

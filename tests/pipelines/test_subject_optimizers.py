@@ -11,7 +11,7 @@ from torch import nn
 
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.optimizers import Adam, Rates, averaged, parameter_groups, trainable_parameters
+from pipelines.optimizers import OptimizerSettings, Rates, averaged, parameter_groups, trainable_parameters
 from pipelines.subject import adapters
 from pipelines.subject.loss import DenoisingLoss
 
@@ -78,7 +78,7 @@ def descend(adam, parameter, steps=50, lr=0.05):
 
 def test_adamw_is_torchs():
     ours, theirs = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
-    descend(Adam(betas=(0.5, 0.9), epsilon=1e-4, weight_decay=0.1), ours)
+    descend(OptimizerSettings(betas=(0.5, 0.9), epsilon=1e-4, weight_decay=0.1), ours)
     optimizer = torch.optim.AdamW([theirs], 0.05, (0.5, 0.9), 1e-4, 0.1)
     for _ in range(50):
         theirs.grad = 2 * (theirs.detach() - 1) / 5
@@ -90,21 +90,50 @@ def test_eight_bit_adamw_follows_adamw_with_moments_in_bytes():
     pytest.importorskip("bitsandbytes")
     start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     exact, coarse = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    descend(Adam(), exact)
-    optimizer = descend(Adam(eight_bit=True), coarse)
+    descend(OptimizerSettings(), exact)
+    optimizer = descend(OptimizerSettings(eight_bit=True), coarse)
     assert (coarse - exact).abs().mean() < 0.05 * (exact - start).abs().mean()
     assert optimizer.state[coarse]["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (2, 64), (1, 16)])
+def test_muon_moves_a_matrix_by_its_gradient_with_equal_singular_values_and_by_the_size_of_adamws_steps(shape):
+    parameter = nn.Parameter(torch.zeros(shape))
+    u, s, vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    optimizer = OptimizerSettings("Muon").optimizer([{"params": [parameter], "lr": 0.1}])
+    # Singular values that differ by up to 100 times.
+    parameter.grad = u @ torch.diag(torch.logspace(0, -2, len(s))) @ vt
+    optimizer.step()
+    along = u.T @ -parameter.detach() @ vt.T
+    expected = 0.1 * 0.2 * max(shape) ** 0.5
+    # Five iterations of Newton and Schulz in bfloat16 leave them between 0.7 and 1.2.
+    assert ((along.diag() / expected > 0.6) & (along.diag() / expected < 1.3)).all()
+    assert (along - along.diag().diag()).abs().max() < 0.1 * expected
+
+
+def test_muon_trains_what_is_no_matrix_by_adamw_at_the_same_rate():
+    matrix, vector = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(5))
+    stack = nn.Parameter(torch.zeros(3, 4, 4))
+    optimizer = OptimizerSettings("Muon").optimizer([{"params": [vector, matrix], "lr": 0.1}, {"params": [stack], "lr": 0.2}])
+    for parameter in (matrix, vector, stack):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    assert {id(each) for each in trainable_parameters(optimizer)} == {id(matrix), id(vector), id(stack)}
+    for parameter, rate in ((vector, 0.1), (stack, 0.2)):
+        torch.testing.assert_close(parameter.detach(), -rate * parameter.grad.sign())
 
 
 def test_prodigy_finds_the_size_of_its_steps():
     pytest.importorskip("prodigyopt")
     parameter = nn.Parameter(torch.full((5,), 30.0))
-    optimizer = descend(Adam("prodigy", weight_decay=0.0), parameter, steps=300, lr=1.0)
+    optimizer = descend(OptimizerSettings("Prodigy", weight_decay=0.0), parameter, steps=300, lr=1.0)
     assert optimizer.param_groups[0]["d"] > 1e-3
     torch.testing.assert_close(parameter.detach(), torch.ones(5), atol=0.5, rtol=0)
 
 
-@pytest.mark.parametrize(("adam", "package"), [(Adam("prodigy"), "prodigyopt"), (Adam(eight_bit=True), "bitsandbytes")])
+@pytest.mark.parametrize(
+    ("adam", "package"), [(OptimizerSettings("Prodigy"), "prodigyopt"), (OptimizerSettings(eight_bit=True), "bitsandbytes")]
+)
 def test_a_missing_package_is_reported_with_the_command_that_installs_it(adam, package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, package, raising=False)
@@ -113,7 +142,12 @@ def test_a_missing_package_is_reported_with_the_command_that_installs_it(adam, p
 
 
 def test_a_parameter_without_gradient_is_neither_moved_nor_decayed():
-    for adam in (Adam(weight_decay=0.5), Adam(eight_bit=True, weight_decay=0.5), Adam("prodigy", weight_decay=0.5)):
+    for adam in (
+        OptimizerSettings(weight_decay=0.5),
+        OptimizerSettings(eight_bit=True, weight_decay=0.5),
+        OptimizerSettings("Prodigy", weight_decay=0.5),
+        OptimizerSettings("Muon", weight_decay=0.5),
+    ):
         moved, left = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         optimizer = adam.optimizer([{"params": [moved, left], "lr": 1.0}])
         moved.grad = torch.ones(3)
@@ -124,7 +158,7 @@ def test_a_parameter_without_gradient_is_neither_moved_nor_decayed():
 
 def test_parameters_hold_their_average_within_the_context_only():
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
-    optimizer = Adam().optimizer([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 2.0}])
+    optimizer = OptimizerSettings().optimizer([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 2.0}])
     ema = EMAModel(trainable_parameters(optimizer), decay=0.5)
     average = 0.0
     for step in range(1, 6):
@@ -141,5 +175,5 @@ def test_parameters_hold_their_average_within_the_context_only():
 
 def test_without_an_average_parameters_are_unchanged():
     parameter = nn.Parameter(torch.ones(2))
-    with averaged(None, Adam().optimizer([{"params": [parameter], "lr": 1.0}])):
+    with averaged(None, OptimizerSettings().optimizer([{"params": [parameter], "lr": 1.0}])):
         assert torch.equal(parameter, torch.ones(2))

@@ -34,7 +34,7 @@ def steps_of(folder):
     return path.read_text().split() if path.exists() else []
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

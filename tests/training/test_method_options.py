@@ -19,6 +19,7 @@ from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, tuner_layers
 from pipelines.adapter_options import AdapterOptions, flag_of
 from pipelines.errors import InputError
 from pipelines.methods import method_named, method_names
+from pipelines.optimizers import OptimizerSettings
 from pipelines.subject import adapters
 from training.fewshot.adapter_training import to_train
 from training.options import parse_options
@@ -201,7 +202,7 @@ def like_lora():
 def test_lora_plus_is_an_option_of_both_recipes():
     options = parse_fewshot_options(["--method", "lora", "--lora_plus_ratio", "4"])
     adapter = options.adapter("lora")
-    groups = to_train(like_lora(), batch_at, {}, adapter, options.optimisation, 10, 0.5).optimizer.param_groups
+    groups = to_train(like_lora(), batch_at, {}, adapter, OptimizerSettings(), 10, 0.5).optimizer.param_groups
     assert [group["initial_lr"] for group in groups] == [0.5, 2.0]
     assert parse_options(["--method", "lora", "--lora_plus_ratio", "4"]).adapter.create().learning_rate_factor("a.lora_B.x") == 4
 

@@ -24,7 +24,7 @@ from pipelines.fewshot.adapters import start as start_on_clip
 from pipelines.fewshot.quantization import quantized
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
 from pipelines.methods.nora import NoraTraining
-from pipelines.optimizers import Adam, Rates, parameter_groups
+from pipelines.optimizers import OptimizerSettings, Rates, parameter_groups
 from pipelines.subject.adapters import attach, start
 from pipelines.subject.base_model import PromptEmbeddings, quantize_components
 from pipelines.subject.loss import DenoisingLoss
@@ -111,7 +111,7 @@ def trained(task, method, run, **more):
         steps.append(step)
         return batch_at(step)
 
-    optimizer = Adam().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
+    optimizer = OptimizerSettings().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
     hooks = chosen.training(list(components.values()), STEPS)
     trainable = Trainable(loss, recorded, optimizer, schedule, method=hooks)

@@ -194,8 +194,9 @@ def test_the_code_loads_the_base_model_as_it_is_kept(tmp_path, model, call):
     assert f"StableDiffusionXLPipeline.{call}" in card
 
 
-def test_numbers_in_the_card_have_thousands_separators(tmp_path):
-    assert "learning rate 0.003," in model_card(run_with(tmp_path), options_for("dog", tmp_path), 3)
+def test_the_card_states_the_learning_rate_without_trailing_zeros(tmp_path):
+    options = options_for("dog", tmp_path, "--learning_rate", "3e-3")
+    assert "learning rate 0.003," in model_card(run_with(tmp_path), options, 3)
 
 
 def test_a_private_card_has_neither_prompts_nor_the_name_of_a_local_model(tmp_path):

@@ -9,7 +9,7 @@ from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, CLIP_WEIGHTS
 from pipelines.errors import InputError
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
-from training.options.fewshot import parse_fewshot_options
+from training.options.fewshot import FewShotOptimisationOptions, parse_fewshot_options
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
@@ -95,6 +95,14 @@ def test_the_default_rate_of_nora_falls_with_the_size_of_a_step(flags, divisor):
     assert few_shot[1] == pytest.approx(few_shot[0] / divisor)
 
 
+def test_nora_classifies_with_muon_and_other_methods_with_adamw_unless_an_optimiser_is_given():
+    options = parse_fewshot_options(["--method", "nora", "lora"])
+    assert [options.optimizer(name) for name in ("nora", "lora")] == ["Muon", "AdamW"]
+    for given, name in (("adamw", "AdamW"), ("MUON", "Muon")):
+        assert parse_fewshot_options(["--optimizer", given]).optimizer("nora") == name
+    assert parse_options([]).optimisation.optimizer == "AdamW"
+
+
 def test_prodigy_has_a_learning_rate_of_one_with_every_method_and_model():
     assert parse_options(["--optimizer", "Prodigy"]).optimisation.learning_rate == 1
     assert parse_options(["--optimizer", "prodigy", "--learning_rate", "0.5"]).optimisation.learning_rate == 0.5
@@ -136,8 +144,10 @@ def test_resolved_options_are_plain_values():
             lambda: OptimisationOptions(text_encoder_lr=[1e-4, 1e-4, 1e-4]),
             r"one or two learning rates above 0, got 0.0001 0.0001",
         ),
-        (lambda: OptimisationOptions(optimizer="sgd"), r"optimizer must be one of AdamW, Prodigy, got 'sgd'"),
+        (lambda: OptimisationOptions(optimizer="sgd"), r"optimizer must be one of AdamW, Muon, Prodigy, got 'sgd'"),
         (lambda: OptimisationOptions(optimizer="Prodigy", use_8bit_adam=True), r"use_8bit_adam needs --optimizer AdamW"),
+        (lambda: OptimisationOptions(optimizer="muon", use_8bit_adam=True), r"needs --optimizer AdamW, got Muon"),
+        (lambda: FewShotOptimisationOptions(optimizer="Prodigy"), r"optimizer must be one of AdamW, Muon, got 'Prodigy'"),
         (lambda: OptimisationOptions(optimizer="Prodigy", text_encoder_lr=[1e-4]), r"Prodigy adapts one learning rate"),
         (
             lambda: SubjectOptions(

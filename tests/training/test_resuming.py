@@ -94,6 +94,16 @@ def test_a_run_of_a_version_without_a_basis_had_that_of_the_weight():
     assert list(changed_options(before, later)) == changes
 
 
+@pytest.mark.parametrize(("method", "changes"), [("nora", ["optimizer: 'AdamW' before, 'Muon' now"]), ("lora", [])])
+def test_a_few_shot_run_of_a_version_without_a_choice_had_adamw(method, changes):
+    later = FewShotOptions(method=FewShotMethodOptions(method=[method])).to_dict()
+    before = copy.deepcopy(later)
+    del before["optimisation"]["optimizer"]
+    assert list(changed_options(before, later)) == changes
+    later["optimisation"]["optimizer"] = "AdamW"
+    assert list(changed_options(before, later)) == []
+
+
 @pytest.mark.parametrize("task", ["subject", "few-shot"])
 def test_a_changed_option_of_the_method_is_refused_where_it_has_an_effect(task):
     group, later = earlier_and_later(task, method="nora", basis="gradient")

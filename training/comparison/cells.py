@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.adapter_options import method_flags, options_of
 from pipelines.digests import file_digest
+from pipelines.optimizers import ADAMW
 from pipelines.run_options import Task
 from training.comparison.variants import MethodVariant
 from training.options import SubjectOptions
@@ -97,8 +98,12 @@ def cell_key(task: Task, flags: tuple[str, ...], variant: MethodVariant, inputs:
         inputs: digests of the images and of the base model.
     """
     options = parsed(task, flags)
-    groups = options.to_dict()
-    general = {name: value for name, value in _general(groups, task) if name not in FOLDERS}
+    general = {name: value for name, value in _general(options.to_dict(), task) if name not in FOLDERS}
+    if isinstance(options, FewShotOptions):
+        # As it is resolved. AdamW is left out, as in the keys of before there was a choice.
+        del general["optimizer"]
+        if not variant.is_baseline and (optimizer := options.optimizer(variant.method)) != ADAMW:
+            general["optimizer"] = optimizer
     of_method: dict[str, Any] = {}
     if not variant.is_baseline:
         group = options.adapter if task == "subject" else options.method

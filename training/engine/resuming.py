@@ -10,7 +10,8 @@ from typing import Any
 from pipelines.adapter_options import changed_options_of, method_flags
 from pipelines.built_in import BUILT_IN_CLIP_NAME, recorded_name
 from pipelines.errors import InputError
-from pipelines.methods import AUTO, method_names
+from pipelines.methods import AUTO, method_named, method_names
+from pipelines.optimizers import ADAMW
 from pipelines.run_options import Task, run_options, task_of
 from training.options.fewshot import AUTO_METHODS
 from training.runs.record import RunRecord
@@ -60,32 +61,55 @@ def changed_options(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str
 
     Of the options of adapter methods, only those of the run's methods count.
     """
-    task = task_of(now)
     for group in sorted(before.keys() & now.keys() - MAY_CHANGE_GROUPS):
-        compared = before[group].keys() & now[group].keys() - MAY_CHANGE - ({LENGTH} if task != "few-shot" else set())
-        changed = {name: (before[group][name], now[group][name]) for name in compared}
-        if task is not None and group == METHOD_GROUPS[task]:
-            changed = {name: both for name, both in changed.items() if name not in method_flags(task)}
-            changed |= _changed_method_options(before[group], now, task)
-        for name, both in sorted(changed.items()):
+        for name, both in sorted(_changed_in(group, before, now).items()):
             if not _same(name, *both):
                 yield f"{name}: {both[0]!r} before, {both[1]!r} now"
+
+
+def _changed_in(group: str, before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options of a group that may have changed, and must not, with both values."""
+    task = task_of(now)
+    compared = before[group].keys() & now[group].keys() - MAY_CHANGE - ({LENGTH} if task != "few-shot" else set())
+    changed = {name: (before[group][name], now[group][name]) for name in compared}
+    if task is not None and group == METHOD_GROUPS[task]:
+        changed = {name: both for name, both in changed.items() if name not in method_flags(task)}
+        changed |= _changed_method_options(before[group], now, task)
+    if task == "few-shot" and group == "optimisation":
+        changed.pop("optimizer", None)
+        changed |= _changed_optimizers(before, now)
+    return changed
 
 
 def _changed_method_options(before: dict[str, Any], now: dict[str, Any], task: Task) -> dict[str, tuple[Any, Any]]:
     """The changed options of the run's adapter methods, by flag."""
     group = now[METHOD_GROUPS[task]]
     built_in = task == "few-shot" and now["model"]["model"] == BUILT_IN_CLIP_NAME
-    names = [group["method"]] if isinstance(group["method"], str) else group["method"]
-    names = AUTO_METHODS if names == [AUTO] else names
-    # The others are baselines, without options.
-    adapters = [name for name in names if name in method_names()]
-    changes = (change for name in adapters for change in changed_options_of(name, before, group, task, built_in))
+    changes = (change for name in _adapters(group) for change in changed_options_of(name, before, group, task, built_in))
     return {flag: (earlier, later) for flag, earlier, later in changes}
 
 
+def _adapters(group: dict[str, Any]) -> list[str]:
+    """The run's adapter methods; the others are baselines, without options."""
+    names = [group["method"]] if isinstance(group["method"], str) else group["method"]
+    return [name for name in (AUTO_METHODS if names == [AUTO] else names) if name in method_names()]
+
+
+def _changed_optimizers(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The optimiser of a few-shot run's adapter methods, if it has changed. Earlier versions only had AdamW."""
+    changed = {}
+    for name in _adapters(now["method"]):
+        usual = method_named(name).defaults("few-shot", now["model"]["model"] == BUILT_IN_CLIP_NAME).optimizer
+        optimizers = before["optimisation"].get("optimizer", ADAMW) or usual, now["optimisation"]["optimizer"] or usual
+        if optimizers[0] != optimizers[1]:
+            changed["optimizer"] = optimizers
+    return changed
+
+
 def _same(name: str, before: Any, now: Any) -> bool:
-    """Whether an option is unchanged; the built-in model may have another path."""
+    """Whether an option is unchanged; the built-in model may have another path, and an optimiser's name another case."""
+    if name == "optimizer" and isinstance(before, str) and isinstance(now, str):
+        return before.lower() == now.lower()
     if name == "pretrained_model_name_or_path" and isinstance(before, str) and isinstance(now, str):
         return recorded_name(before) == recorded_name(now)
     return before == now

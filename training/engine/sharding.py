@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.adapter_method import AdapterMethod
 from pipelines.errors import InputError
-from pipelines.optimizers import trainable_parameters
+from pipelines.optimizers import ADAMW, trainable_parameters
 
 
 def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool, methods: Sequence[AdapterMethod] = ()) -> None:
     """Check that the training supports FSDP, if `accelerator` uses it.
 
     Args:
-        optimizer: its name, as `Adam.kind`.
+        optimizer: its name, one of `OPTIMIZERS`.
         eight_bit: whether its moments have 8 bits.
         methods: of the adapters.
     Raises: InputError for version 1 of FSDP, a PyTorch that is too old, and optimisers or methods that need full parameters.
@@ -38,7 +38,7 @@ def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool, m
         raise InputError("fsdp_version must be 2, as in training/configs/fsdp.yaml: version 1 cannot train adapters alone.")
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise InputError(f"FSDP needs the PyTorch of requirements.txt or a newer one, got {torch.__version__}. Update PyTorch.")
-    if optimizer.lower() != "adamw" or eight_bit:
+    if optimizer != ADAMW or eight_bit:
         raise InputError(
             "FSDP shards parameters, which only --optimizer AdamW without --use_8bit_adam can train. Use AdamW without "
             "--use_8bit_adam, or training/configs/multi_gpu.yaml."

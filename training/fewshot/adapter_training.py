@@ -16,10 +16,10 @@ from pipelines.fewshot import adapters
 from pipelines.fewshot.batches import LabelledBatches, SampledViews
 from pipelines.fewshot.data import LabelledImageDataset
 from pipelines.fewshot.loss import ClassificationLoss
-from pipelines.optimizers import Adam, Rates, parameter_groups
+from pipelines.optimizers import OptimizerSettings, Rates, parameter_groups
 from training.engine.loop import LoopOptions, Trainable
 from training.fewshot.experiment import SplitImages
-from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions
+from training.options.fewshot import FewShotOptions
 
 WARMUP_SHARE = 0.05
 # Batch size of the calibration; a smaller training batch size lowers it.
@@ -72,15 +72,12 @@ def to_train(
     batches: LabelledBatches,
     components: dict[str, nn.Module],
     adapter: AdapterOptions,
-    optimisation: FewShotOptimisationOptions,
+    settings: OptimizerSettings,
     steps: int,
     learning_rate: float,
-    paged: bool = False,
 ) -> Trainable:
-    """The loss with AdamW over the adapter's parameters, a cosine schedule to zero, and the method's hooks in the training."""
+    """The loss with an optimiser of the adapter's parameters, a cosine schedule to zero, and the method's hooks."""
     method = adapter.create()
-    optimizer = Adam(paged=paged, weight_decay=optimisation.adam_weight_decay).optimizer(
-        parameter_groups(loss, Rates(learning_rate, factor=method.learning_rate_factor))
-    )
+    optimizer = settings.optimizer(parameter_groups(loss, Rates(learning_rate, factor=method.learning_rate_factor)))
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(WARMUP_SHARE * steps), num_training_steps=steps)
     return Trainable(loss, batches, optimizer, schedule, method=method.training(list(components.values()), steps))

@@ -29,6 +29,7 @@ from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT
+from pipelines.optimizers import OptimizerSettings
 from training.engine.dry_run import PeakMemory
 from training.engine.loop import Periodic, train, training_losses
 from training.fewshot.adapter_training import CalibrationBatches, loop_options, loss_and_batches, to_train
@@ -234,8 +235,9 @@ def fit_adapter(
     if trial == representative_trial(options) and "lora" in options.output.export and (share := expected_left_out(components)):
         logger.warning(f"{trial}: {left_out_sentence(share)}")
     steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
-    paged = options.model.quantize is not None
-    trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate, paged)
+    name = options.optimizer(trial.method)
+    settings = OptimizerSettings(name, paged=options.model.quantize is not None, weight_decay=optimisation.adam_weight_decay)
+    trainable = to_train(loss, batches, components, adapter, settings, steps, rate)
     directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes, run)
     validate = ValidationCallback(directory, images, partial(adapted_logits, experiment, clip, images.validation), clock)
     every = options.output.validation_steps
@@ -244,7 +246,7 @@ def fit_adapter(
         train(accelerator, directory, trainable, loop_options(options, steps, trial.seed), periodic)
     trainable.method.round_trained()
     trainable.module.eval()
-    return FittedAdapter(images, clip, components, {"learning_rate": rate, "steps": steps})
+    return FittedAdapter(images, clip, components, {"learning_rate": rate, "steps": steps, "optimizer": name})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import MOST_VALIDATION, Shots
 from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import AUTO, DEFAULT, REFERENCE, method_names, title_of
+from pipelines.optimizers import ADAMW, MUON, optimizer_named
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
 from training.options.output import RunOptions
@@ -240,7 +241,11 @@ class FewShotOptimisationOptions:
     train_batch_size: int = field(default=32, metadata={"help": "Images per batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimisation step."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: depends on the method."})
-    adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "AdamW, or Muon, whose steps on a matrix have equal singular values. Default: depends on the method."},
+    )
+    adam_weight_decay: float = field(default=1e-2, metadata={"help": "The optimiser's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum norm of the gradients, which are clipped to it."})
 
     _argument_group_name = "optimisation"
@@ -250,6 +255,8 @@ class FewShotOptimisationOptions:
         at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
         at_least(self, 0, "adam_weight_decay")
         above_zero(self, "learning_rate", "max_grad_norm")
+        if self.optimizer is not None:
+            self.optimizer = optimizer_named(self.optimizer, (ADAMW, MUON))
 
     def steps(self, shots: int) -> int:
         """Optimisation steps for `shots` training images per class."""
@@ -328,6 +335,10 @@ class FewShotOptions:
             return self.optimisation.learning_rate
         rate = self.adapter(method).create().learning_rate("few-shot", self.model.is_built_in)
         return rate * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
+
+    def optimizer(self, method: str) -> str:
+        """The name of the optimiser of an adapter method."""
+        return self.optimisation.optimizer or self.adapter(method).create().defaults("few-shot", self.model.is_built_in).optimizer
 
     def title(self) -> str:
         """The part of the run directory's name that follows the time."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pipelines.errors import InputError
 from pipelines.methods import method_named, method_names, title_of
-from pipelines.optimizers import OPTIMIZERS
+from pipelines.optimizers import ADAMW, PRODIGY, optimizer_named
 from pipelines.option_checks import above_zero, at_least
 
 
@@ -44,8 +44,11 @@ class OptimisationOptions:
     lr_num_cycles: int = field(default=1, metadata={"help": "Restarts of the schedule cosine_with_restarts."})
     lr_power: float = field(default=1.0, metadata={"help": "Power of the schedule polynomial."})
     optimizer: str = field(
-        default="AdamW",
-        metadata={"help": "AdamW, or Prodigy (pip install prodigyopt), which chooses its step size itself."},
+        default=ADAMW,
+        metadata={
+            "help": "AdamW; Muon, whose steps on a matrix have equal singular values; or Prodigy (pip install prodigyopt), which "
+            "chooses its step size itself."
+        },
     )
     use_8bit_adam: bool = field(
         default=False, metadata={"help": "AdamW with 8-bit moments, which need less memory (pip install bitsandbytes)."}
@@ -102,13 +105,10 @@ class OptimisationOptions:
             raise InputError(f"text_encoder_lr must be one or two learning rates above 0, got {given}.")
 
     def _check_optimizer(self) -> None:
-        if self.optimizer.lower() not in OPTIMIZERS:
-            raise InputError(f"optimizer must be one of AdamW, Prodigy, got {self.optimizer!r}.")
-        if not self.is_prodigy:
-            return
-        if self.use_8bit_adam:
-            raise InputError("use_8bit_adam needs --optimizer AdamW, got Prodigy. Leave one of them out.")
-        if self.text_encoder_lr is not None:
+        self.optimizer = optimizer_named(self.optimizer)
+        if self.use_8bit_adam and self.optimizer != ADAMW:
+            raise InputError(f"use_8bit_adam needs --optimizer AdamW, got {self.optimizer}. Leave one of them out.")
+        if self.is_prodigy and self.text_encoder_lr is not None:
             raise InputError(
                 "Prodigy adapts one learning rate for all parameters, so text_encoder_lr needs --optimizer AdamW. Leave it out."
             )
@@ -121,7 +121,7 @@ class OptimisationOptions:
     @property
     def is_prodigy(self) -> bool:
         """Whether the optimiser is Prodigy, which chooses its step size itself."""
-        return self.optimizer.lower() == "prodigy"
+        return self.optimizer == PRODIGY
 
     @property
     def text_encoder_batches(self) -> int | None:
