@@ -4,7 +4,7 @@
 
 After one training step the model is merged, repacked, exported and loaded again; the benchmark fails if an export computes other
 features than the adapted model. LoRA has rank 2 on q, k and v of both encoders, as in CLIP-LoRA; NoRA, on v, has a tenth of its
-parameters. Both take turns in one process.
+parameters. Both have the optimisers that the recipe gives them, and take turns in one process.
 """
 
 # ruff: noqa: T201 - a benchmark prints its results
@@ -25,6 +25,8 @@ from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.target_layers import TargetLayers
+from pipelines.methods import method_named
+from pipelines.optimizers import OptimizerSettings
 
 # Largest difference of features of length 1, in single precision.
 TOLERANCE = 1e-5
@@ -55,7 +57,8 @@ class Task:
         began = time.perf_counter()
         adapters.start(self.clip, options, self.components, [pixels], self.tokens, cache, seed=0)
         self.initialisation_seconds = time.perf_counter() - began
-        self.optimizer = torch.optim.AdamW(trained_parameters(self.components), lr=1e-3)
+        settings = OptimizerSettings(method_named(options.method).defaults("few-shot", built_in=False).optimizer)
+        self.optimizer = settings.optimizer([{"params": trained_parameters(self.components), "lr": 1e-3}])
 
     @property
     def num_trainable_parameters(self) -> int:

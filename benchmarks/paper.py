@@ -79,7 +79,7 @@ SETTINGS = {
     "nora": Setting(
         ("nora",),
         "--basis weight --rank 409 --inner_r 16 --alpha 0.03912 --inner_init gaussian --projections q k v --learning_rate 1e-2"
-        " --iterations_per_shot 400 --train_batch_size 64",
+        " --iterations_per_shot 400 --train_batch_size 64 --optimizer AdamW",
         "The defaults of the authors' code, github.com/lliai/LoRA-Zoo, for the serial form in main_NoRA_C.py: inner rank 16, "
         "scaling 1 / rank, Gaussian inner factors (there of standard deviation 1), and outer rank 0.8 of the layer's width: 409 "
         "for the text encoder and 614 for the image encoder (here 409 for both). Its sweeps also try the learning rates 1e-3 and "

@@ -28,6 +28,7 @@ from pipelines.methods import DEFAULT, REFERENCE, method_names, title_of
 from pipelines.optimizers import OPTIMIZERS
 from training.options.command_line import groups_of
 from training.options.fewshot import BASELINES
+from training.options.fewshot import OPTIMIZERS as FEWSHOT_OPTIMIZERS
 from training.options.optimisation import SCHEDULES
 from training.options.values import Options, Values, built, default_of, groups, kind_of
 from training.runs.naming import method_name
@@ -66,7 +67,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "lr_scheduler": SCHEDULES,
         "optimizer": OPTIMIZERS,
     },
-    "classify": {METHOD: (*BASELINES, *ORDERED_METHODS)},
+    "classify": {METHOD: (*BASELINES, *ORDERED_METHODS), "optimizer": FEWSHOT_OPTIMIZERS},
 }
 WORDS = tomllib.loads(Path(__file__).with_name("form.toml").read_text(encoding="utf-8"))
 GROUP_TITLES: dict[str, str] = WORDS["groups"]

@@ -21,7 +21,7 @@ FITTING = {
     "method": "dora", "inner_init": "gaussian", "inner_form": "parallel", "inner_blocks": 2, "num_subspaces": 2,
     "outer_scaling": "split", "outer_slice": "2/3", "calibration": "base", "inner_dtype": "int8", "weighting": "huber",
     "basis": "mixed", "gradient_scale": "gradient", "outer_dtype": "base",
-    "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
+    "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Muon", "text_encoder_lr": [1e-05, 2.5e-4],
     "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
     "hub_model_id": "a/b", "adam_beta1": 0.5, "adam_beta2": 0.1 + 0.2, "ema_decay": 0.5, "dropout": 0.125,
     "prediction_type": "v_prediction",

@@ -84,7 +84,7 @@ class FittedMethod(Protocol):
     """A fitted method, with all hyperparameters chosen."""
 
     num_trainable_parameters: int
-    setting: dict[str, float]
+    setting: dict[str, float | str]
     scale: float
     scale_reason: str | None
 
@@ -137,7 +137,7 @@ class FittedAdapter:
         split_images: SplitImages,
         clip: Clip,
         components: dict[str, nn.Module],
-        setting: dict[str, float],
+        setting: dict[str, float | str],
     ) -> None:
         self.split_images, self.clip, self.components, self.setting = split_images, clip, components, setting
         self.num_trainable_parameters = sum(parameter.numel() for parameter in trained_parameters(components))

@@ -29,6 +29,7 @@ ALL = "all"
 NEED_FULL_PRECISION = ("merged", "torch", "onnx")
 EXPORTS = ("lora", *NEED_FULL_PRECISION)
 DEFAULT_SEEDS = 5
+OPTIMIZERS = (ADAMW, MUON)
 # Optimisation steps per training image of a class.
 ITERATIONS, BUILT_IN_ITERATIONS = 500, 10
 
@@ -256,7 +257,7 @@ class FewShotOptimisationOptions:
         at_least(self, 0, "adam_weight_decay")
         above_zero(self, "learning_rate", "max_grad_norm")
         if self.optimizer is not None:
-            self.optimizer = optimizer_named(self.optimizer, (ADAMW, MUON))
+            self.optimizer = optimizer_named(self.optimizer, OPTIMIZERS)
 
     def steps(self, shots: int) -> int:
         """Optimisation steps for `shots` training images per class."""

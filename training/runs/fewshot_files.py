@@ -112,7 +112,7 @@ class TrialResult(RunFile):
     method: str
     folder: str
     split_sha256: str
-    setting: dict[str, float]
+    setting: dict[str, float | str]
     scale: float
     scale_reason: str | None
     num_trainable_parameters: int
