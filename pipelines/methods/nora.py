@@ -254,9 +254,10 @@ class Nora(AdapterMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """For classification, v alone, in the gradient's directions; the file is smaller than that of LoRA at rank 2.
+        """For classification, v alone, in the gradient's directions, by Muon; the file is smaller than that of LoRA at rank 2.
 
-        NoRA's parameters do not grow with a layer's width, so few of them are best spent on the most important layers.
+        NoRA's parameters do not grow with a layer's width, so few of them are best spent on the most important layers. Muon's
+        steps use all directions of the inner factors alike, which AdamW's do not.
         """
         if task == "subject":
             return TaskDefaults(1e-4, {"rank": 32, "gradient_batches": 32})
@@ -271,12 +272,7 @@ class Nora(AdapterMethod):
         defaults = self.defaults(task, built_in)
         usual = defaults.options.get("inner_r", NoraOptions.inner_r)
         is_product = self.options.inner_form not in WITHOUT_INNER_RANK
-        return defaults.learning_rate * (min(1.0, usual / self._alpha) if is_product else 1.0)
-
-    @property
-    def _alpha(self) -> float:
-        """alpha, by default the inner rank, so that the scaling is 1."""
-        return self.options.inner_r if self.options.alpha is None else self.options.alpha
+        return defaults.learning_rate * (min(1.0, usual / (self.options.alpha or self.options.inner_r)) if is_product else 1.0)
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. `start` computes the outer factors."""
@@ -287,7 +283,7 @@ class Nora(AdapterMethod):
         return NoraConfig(
             r=options.rank,
             inner_r=options.inner_r,
-            alpha=self._alpha,
+            alpha=options.alpha or options.inner_r,
             outer_init="awsvd",
             **{name: getattr(options, name) for name in CONFIG_FIELDS},
             outer_dtype="base" if self._is_recomputable else options.outer_dtype,
