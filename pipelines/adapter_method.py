@@ -245,8 +245,8 @@ class AdapterMethod:
         """The names in `parameters` besides those of options, for a weight (m, n)."""
         return {"m": m, "n": n}
 
-    def learning_rate(self, task: Task, built_in: bool) -> float:
-        """The default peak learning rate with these options; see `TaskDefaults`."""
+    def learning_rate(self, task: Task, built_in: bool, optimizer: str) -> float:
+        """The default peak learning rate with these options and this optimiser; see `TaskDefaults`."""
         return self.defaults(task, built_in).learning_rate
 
     def learning_rate_factor(self, parameter_name: str) -> float:

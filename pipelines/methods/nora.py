@@ -264,15 +264,15 @@ class Nora(AdapterMethod):
         ranks = {"rank": 32, "inner_r": 8} if built_in else {"rank": 24, "inner_r": 16}
         return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"], MUON)
 
-    def learning_rate(self, task: Task, built_in: bool) -> float:
-        """Lower for inner ranks above the default: a step changes B' A' by a sum over the inner rank, times the scaling.
+    def learning_rate(self, task: Task, built_in: bool, optimizer: str) -> float:
+        """Except with Muon, lower for inner ranks above the default: a step changes B' A' by a sum over the inner rank.
 
-        The sum times alpha / inner_r grows with alpha, which is the inner rank unless it is given.
+        The sum times the scaling alpha / inner_r grows with alpha, which is the inner rank unless it is given.
         """
-        defaults = self.defaults(task, built_in)
-        usual = defaults.options.get("inner_r", NoraOptions.inner_r)
-        is_product = self.options.inner_form not in WITHOUT_INNER_RANK
-        return defaults.learning_rate * (min(1.0, usual / (self.options.alpha or self.options.inner_r)) if is_product else 1.0)
+        defaults, alpha = self.defaults(task, built_in), self.options.alpha or self.options.inner_r
+        if optimizer == MUON or self.options.inner_form in WITHOUT_INNER_RANK:
+            return defaults.learning_rate
+        return defaults.learning_rate * min(1.0, defaults.options.get("inner_r", NoraOptions.inner_r) / alpha)
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. `start` computes the outer factors."""

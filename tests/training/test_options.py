@@ -88,11 +88,12 @@ def test_the_learning_rate_fits_method_and_model():
         ("--inner_r 24 --inner_form full", 1),
     ],
 )
-def test_the_default_rate_of_nora_falls_with_the_size_of_a_step(flags, divisor):
+def test_the_default_rate_of_nora_falls_with_the_size_of_a_step_of_adamw(flags, divisor):
     usual = parse_options([]).optimisation.learning_rate
     assert parse_options(flags.split()).optimisation.learning_rate == pytest.approx(usual / divisor)
-    few_shot = [parse_fewshot_options(each).learning_rate("nora") for each in ([], flags.split())]
-    assert few_shot[1] == pytest.approx(few_shot[0] / divisor)
+    for optimizer, expected in (("AdamW", divisor), ("Muon", 1)):
+        parsed = [parse_fewshot_options([*each, "--optimizer", optimizer]) for each in ([], flags.split())]
+        assert parsed[1].learning_rate("nora") == pytest.approx(parsed[0].learning_rate("nora") / expected)
 
 
 def test_nora_classifies_with_muon_and_other_methods_with_adamw_unless_an_optimiser_is_given():

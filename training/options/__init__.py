@@ -73,7 +73,7 @@ class SubjectOptions:
         if self.optimisation.is_prodigy:
             return PRODIGY_LEARNING_RATE
         factor = BUILT_IN_RATE_FACTOR if built_in else 1
-        return factor * self.adapter.create().learning_rate("subject", built_in)
+        return factor * self.adapter.create().learning_rate("subject", built_in, self.optimisation.optimizer)
 
     def prompts(self, captions: Iterable[str] = ()) -> list[str]:
         """All prompts of the run: `captions` of its images, the class prompt and the validation prompts."""

@@ -334,7 +334,7 @@ class FewShotOptions:
         """The peak learning rate of an adapter method."""
         if self.optimisation.learning_rate is not None:
             return self.optimisation.learning_rate
-        rate = self.adapter(method).create().learning_rate("few-shot", self.model.is_built_in)
+        rate = self.adapter(method).create().learning_rate("few-shot", self.model.is_built_in, self.optimizer(method))
         return rate * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
 
     def optimizer(self, method: str) -> str:
