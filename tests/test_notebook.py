@@ -2,9 +2,6 @@
 
 import base64
 import io
-import os
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -24,6 +21,21 @@ TRAIN_FLAGS = (
     "--rank 4 --inner_r 2 --lr_warmup_steps 0 --validation_steps 2 --heldout_image none --num_candidate_images 0 --no_certify "
     "--report_to none --validation_prompt 'a photo of sks toy'"
 )
+"""
+# Its commands run in the notebook's process: to import the libraries in three processes takes long.
+IN_THIS_PROCESS = """
+import shlex, sys
+from accelerate.state import AcceleratorState
+import nora_vision_cli
+
+def run(command):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main = sys.modules["__main__"]
+    program, *words = shlex.split(get_ipython().var_expand(command))
+    assert program == "nora-vision" and not nora_vision_cli.main(words)
+    sys.modules["__main__"] = main
+
+get_ipython().system = run
 """
 
 
@@ -64,10 +76,9 @@ def test_the_trainer_accepts_the_flags_of_the_notebook(notebook, use_sdxl):
 @pytest.mark.slow(25)
 def test_the_notebook_trains_loads_and_classifies(notebook, tmp_path, monkeypatch):
     parameters = cell_tagged(notebook, "parameters")
-    parameters.source += FEWER_STEPS
+    parameters.source += FEWER_STEPS + IN_THIS_PROCESS
     for name, value in import_path().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
 
     shown = [image for cell in notebook.cells if cell.cell_type == "code" for image in images_in(cell)]

@@ -146,13 +146,21 @@ def installed(tmp_path_factory):
 
 SHORT = (
     "--max_train_steps 2 --rank 4 --inner_r 2 --lr_warmup_steps 0 --validation_steps 2 --heldout_image none "
-    "--num_candidate_images 0"
+    "--num_candidate_images 0 --validation_prompt toy"
 )
 # Without importing nora_vision, which would import the libraries once more.
 WHERE = """
 from importlib.util import find_spec
 from pipelines.built_in import ASSETS
 print(find_spec("nora_vision").origin, find_spec("training").origin, ASSETS)
+"""
+
+# What the console command runs, with its words, and then the other subcommand on the run of the first.
+BOTH = """
+import sys
+from nora_vision_cli import main
+main(sys.argv[2:])
+main(["generate", "--adapter", "run", "--prompt", "sks toy", "--output_dir", "images"])
 """
 
 LICENCES = """
@@ -178,12 +186,11 @@ def test_an_installed_wheel_trains_generates_and_opens_from_a_folder_without_a_c
         (installed.folder / package).mkdir()
         (installed.folder / package / "__init__.py").write_text(TRAP)
 
-    # CI certifies in tests/training/test_dreambooth_nora.py; to import the libraries in one more process takes long.
-    installed.run("nora-vision", "train", "--no_certify", *SHORT.split())
-    (run,) = (installed.folder / "runs").glob("[!.]*")
+    # To import the libraries takes long: one process trains and generates, and tests/training/test_dreambooth_nora.py certifies.
+    words = ["nora-vision", "train", "--no_certify", *SHORT.split(), "--output_dir", "run"]
+    installed.run("python", "-P", "-c", BOTH, *words)
+    run = installed.folder / "run"
     assert (run / "adapter" / "full" / "unet" / "adapter_model.safetensors").is_file()
-    assert (run / "command").read_text().startswith(f"nora-vision train --no_certify {SHORT}")
-
-    installed.run("nora-vision", "generate", "--adapter", run, "--prompt", "sks toy", "--output_dir", "images")
+    assert (run / "command").read_text().startswith(" ".join(words))
     assert list((installed.folder / "images").glob("*.png"))
     assert "usage: nora-vision app " in installed.run("nora-vision", "app", "--help")
