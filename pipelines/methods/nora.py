@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 from pipelines.inner_forms import WITHOUT_INNER_RANK, check_combinations, check_inner_form, check_scaling, check_slice
 from pipelines.lazy_modules import nn, torch
 from pipelines.native_files import COMPACT, FULL
-from pipelines.optimizers import MUON
+from pipelines.optimizers import ADAMW, MUON
 from pipelines.option_checks import above_zero, at_least, below_one, check_choices, one_of, within
 from pipelines.outer_factors import GradientBasis, cached_statistics, set_ranks_under_budget
 from pipelines.progress import shown_by
@@ -254,15 +254,15 @@ class Nora(AdapterMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """For classification, v alone, in the gradient's directions, by Muon; the file is smaller than that of LoRA at rank 2.
+        """For classification, v alone, in the gradient's directions; the file is smaller than that of LoRA at rank 2.
 
         NoRA's parameters do not grow with a layer's width, so few of them are best spent on the most important layers. Muon's
-        steps use all directions of the inner factors alike, which AdamW's do not.
+        steps use all directions of the inner factors alike, which AdamW's do not; this has been measured on the built-in model.
         """
         if task == "subject":
             return TaskDefaults(1e-4, {"rank": 32, "gradient_batches": 32})
         ranks = {"rank": 32, "inner_r": 8} if built_in else {"rank": 24, "inner_r": 16}
-        return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"], MUON)
+        return TaskDefaults(1e-3, {**ranks, "basis": "gradient"}, ["v"], MUON if built_in else ADAMW)
 
     def learning_rate(self, task: Task, built_in: bool, optimizer: str) -> float:
         """Except with Muon, lower for inner ranks above the default: a step changes B' A' by a sum over the inner rank.

@@ -96,9 +96,10 @@ def test_the_default_rate_of_nora_falls_with_the_size_of_a_step_of_adamw(flags, 
         assert parsed[1].learning_rate("nora") == pytest.approx(parsed[0].learning_rate("nora") / expected)
 
 
-def test_nora_classifies_with_muon_and_other_methods_with_adamw_unless_an_optimiser_is_given():
+def test_nora_classifies_with_muon_on_the_built_in_model_and_all_else_with_adamw_unless_an_optimiser_is_given():
     options = parse_fewshot_options(["--method", "nora", "lora"])
     assert [options.optimizer(name) for name in ("nora", "lora")] == ["Muon", "AdamW"]
+    assert parse_fewshot_options(["--model", "ViT-B-16", "--pretrained", "random"]).optimizer("nora") == "AdamW"
     for given, name in (("adamw", "AdamW"), ("MUON", "Muon")):
         assert parse_fewshot_options(["--optimizer", given]).optimizer("nora") == name
     assert parse_options([]).optimisation.optimizer == "AdamW"

@@ -244,7 +244,9 @@ class FewShotOptimisationOptions:
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: depends on the method."})
     optimizer: str | None = field(
         default=None,
-        metadata={"help": "AdamW, or Muon, whose steps on a matrix have equal singular values. Default: depends on the method."},
+        metadata={
+            "help": "AdamW, or Muon, whose steps on a matrix have equal singular values. Default: depends on method and model."
+        },
     )
     adam_weight_decay: float = field(default=1e-2, metadata={"help": "The optimiser's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum norm of the gradients, which are clipped to it."})
