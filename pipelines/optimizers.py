@@ -104,10 +104,11 @@ class OptimizerSettings:
 
     def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Muon for the matrices of each group, of whatever shape, and AdamW for its other parameters."""
+        kinds = {True: {"use_muon": True, "nesterov": True}, False: {"use_muon": False, "eps": self.epsilon}}
         parts = [
-            group | {"params": parameters, "use_muon": is_matrix, "nesterov": is_matrix}
+            group | settings | {"params": parameters}
             for group in groups
-            for is_matrix in (True, False)
+            for is_matrix, settings in kinds.items()
             if (parameters := [each for each in group["params"] if (each.ndim == 2) == is_matrix])
         ]
         return timm_optim.Muon(parts, momentum=self.betas[0], betas=self.betas, weight_decay=self.weight_decay)

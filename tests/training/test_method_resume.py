@@ -24,7 +24,7 @@ from pipelines.fewshot.adapters import start as start_on_clip
 from pipelines.fewshot.quantization import quantized
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
 from pipelines.methods.nora import NoraTraining
-from pipelines.optimizers import OptimizerSettings, Rates, parameter_groups
+from pipelines.optimizers import ADAMW, MUON, OptimizerSettings, Rates, parameter_groups
 from pipelines.peft_method import PeftMethod
 from pipelines.subject.adapters import attach, start
 from pipelines.subject.base_model import PromptEmbeddings, quantize_components
@@ -99,7 +99,7 @@ def few_shot(options, cache):
     return loss, class_batch, components
 
 
-def trained(task, method, run, **more):
+def trained(task, method, run, optimizer=ADAMW, **more):
     """Train `STEPS` steps in the run `run`; returns the bytes of the adapter's native files and the steps that were computed."""
     # The precision of a run before, in the same process, would be that of this one.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -112,7 +112,7 @@ def trained(task, method, run, **more):
         steps.append(step)
         return batch_at(step)
 
-    optimizer = OptimizerSettings().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
+    optimizer = OptimizerSettings(optimizer).optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
     hooks = chosen.training(list(components.values()), STEPS)
     trainable = Trainable(loss, recorded, optimizer, schedule, method=hooks)
@@ -158,6 +158,12 @@ def test_a_training_stopped_in_the_middle_ends_in_the_same_files(method, task, t
 @tasks
 def test_a_training_of_nora_on_a_model_in_4_bits_resumes_too(task, tmp_path):
     assert_resumes_exactly(task, "nora", tmp_path, loftq_start=True)
+
+
+@tasks
+def test_a_training_by_muon_resumes_too(task, tmp_path):
+    by_muon = assert_resumes_exactly(task, DEFAULT, tmp_path, optimizer=MUON)
+    assert by_muon != trained(task, DEFAULT, tmp_path / "other")[0]
 
 
 GRADIENT_BASIS = {"basis": "mixed", "weighting": "covariance", "gradient_batches": 1, "parameter_budget": 1500}
