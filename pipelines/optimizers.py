@@ -53,10 +53,10 @@ def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
 
 def optimizer_named(name: str, names: Sequence[str] = OPTIMIZERS) -> str:
     """The one of `names` that `name` is, in any case. Raises: InputError for another name."""
-    found = {each.lower(): each for each in names}
-    if name.lower() not in found:
+    spelled = {each.lower(): each for each in names}
+    if name.lower() not in spelled:
         raise InputError(f"optimizer must be one of {', '.join(names)}, got {name!r}.")
-    return found[name.lower()]
+    return spelled[name.lower()]
 
 
 @dataclass(frozen=True)
