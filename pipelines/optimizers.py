@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pipelines.packages import installed
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
+logger = logging.getLogger(__name__)
 ADAMW, MUON, PRODIGY = OPTIMIZERS = ("AdamW", "Muon", "Prodigy")
 # Prodigy estimates its step size; the learning rate is a factor on the estimate.
 PRODIGY_LEARNING_RATE = 1.0
@@ -103,7 +105,7 @@ class OptimizerSettings:
         return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
 
     def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Muon for the matrices of each group, of whatever shape, and AdamW for its other parameters."""
+        """Muon for the matrices of each group, of whatever shape, and AdamW for its other parameters, whose number is logged."""
         kinds = {True: {"use_muon": True, "nesterov": True}, False: {"use_muon": False, "eps": self.epsilon}}
         parts = [
             group | settings | {"params": parameters}
@@ -111,6 +113,8 @@ class OptimizerSettings:
             for is_matrix, settings in kinds.items()
             if (parameters := [each for each in group["params"] if (each.ndim == 2) == is_matrix])
         ]
+        if others := sum(each.numel() for group in groups for each in group["params"] if each.ndim != 2):
+            logger.warning("Muon trains matrices alone. AdamW trains the other %d parameters.", others)
         return timm_optim.Muon(parts, momentum=self.betas[0], betas=self.betas, weight_decay=self.weight_decay)
 
 

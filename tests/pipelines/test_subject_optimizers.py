@@ -111,11 +111,12 @@ def test_muon_moves_a_matrix_by_its_gradient_with_equal_singular_values_and_by_t
     assert (along - along.diag().diag()).abs().max() < 0.1 * expected
 
 
-def test_muon_trains_what_is_no_matrix_by_adamw_at_the_same_rate():
+def test_muon_trains_what_is_no_matrix_by_adamw_at_the_same_rate_and_says_so(caplog):
     matrix, vector = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(5))
     stack = nn.Parameter(torch.zeros(3, 4, 4))
     settings = OptimizerSettings("Muon", epsilon=1e-3)
     optimizer = settings.optimizer([{"params": [vector, matrix], "lr": 0.1}, {"params": [stack], "lr": 0.2}])
+    assert "AdamW trains the other 53 parameters." in caplog.text
     for parameter in (matrix, vector, stack):
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     optimizer.step()
