@@ -38,6 +38,7 @@ from stand_in_app import standing_for_training
 from tiny_clip import CONFIG
 from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
+from worker_thread import run_jobs_in_this_process
 
 import nora_vision
 from nora_vision import NoraConfig
@@ -164,6 +165,8 @@ class Workspace:
         self._write_pretraining_photos(path / "PRETRAINING")
         (path / "train_dreambooth_lora_sdxl.py").touch()
         self._shorten()
+        # A worker process would outlive the folder that it was started in.
+        run_jobs_in_this_process(patch)
 
     def _write_pretraining_photos(self, folder: Path) -> None:
         folder.mkdir()

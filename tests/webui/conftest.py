@@ -12,9 +12,7 @@ import pytest
 from app_process import AppProcess
 from browsing import cropped, watch_answers
 from PIL import Image
-from worker_thread import launch_thread
-
-from webui.inference_worker import WORKER
+from worker_thread import run_jobs_in_this_process
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -45,8 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 def worker_in_this_process() -> Iterator[None]:
     """Jobs run in a thread of the test's process, except in servers that are started as processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WORKER, "launch", launch_thread)
-        patch.setattr(WORKER, "_started", None)
+        run_jobs_in_this_process(patch)
         yield
 
 

@@ -3,8 +3,10 @@
 import socket
 import threading
 
+import pytest
+
 from webui import inference_jobs
-from webui.inference_worker import Launched, serve
+from webui.inference_worker import WORKER, Launched, serve
 
 
 def launch_thread() -> Launched:
@@ -13,3 +15,9 @@ def launch_thread() -> Launched:
     thread = threading.Thread(target=serve, args=(theirs, inference_jobs), daemon=True)
     thread.start()
     return ours, lambda: thread.join() or 0
+
+
+def run_jobs_in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Have the page's jobs run in a thread of this process, until `patch` is undone."""
+    patch.setattr(WORKER, "launch", launch_thread)
+    patch.setattr(WORKER, "_started", None)
