@@ -113,7 +113,7 @@ class OptimizerSettings:
             for is_matrix, settings in kinds.items()
             if (parameters := [each for each in group["params"] if (each.ndim == 2) == is_matrix])
         ]
-        if others := sum(each.numel() for group in groups for each in group["params"] if each.ndim != 2):
+        if others := sum(each.numel() for part in parts for each in part["params"] if not part["use_muon"]):
             logger.warning("Muon trains matrices alone. AdamW trains the other %d parameters.", others)
         return timm_optim.Muon(parts, momentum=self.betas[0], betas=self.betas, weight_decay=self.weight_decay)
 

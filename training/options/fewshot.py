@@ -16,7 +16,7 @@ from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import MOST_VALIDATION, Shots
 from pipelines.fewshot.target_layers import TargetLayers
-from pipelines.methods import AUTO, DEFAULT, REFERENCE, method_names, title_of
+from pipelines.methods import AUTO, DEFAULT, REFERENCE, method_named, method_names, title_of
 from pipelines.optimizers import ADAMW, MUON, optimizer_named
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
@@ -341,7 +341,7 @@ class FewShotOptions:
 
     def optimizer(self, method: str) -> str:
         """The name of the optimiser of an adapter method."""
-        return self.optimisation.optimizer or self.adapter(method).create().defaults("few-shot", self.model.is_built_in).optimizer
+        return self.optimisation.optimizer or method_named(method).defaults("few-shot", self.model.is_built_in).optimizer
 
     def title(self) -> str:
         """The part of the run directory's name that follows the time."""
