@@ -68,7 +68,8 @@ class OptimizerSettings:
     Args:
         name: one of `OPTIMIZERS`. Prodigy estimates its step size  [Mishchenko and Defazio 2023]. Muon's step on a matrix is the
             momentum of its gradient with all singular values made equal  [Jordan et al. 2024], as large as AdamW's
-            [Liu et al. 2025]; parameters that are no matrices are trained by AdamW.
+            [Liu et al. 2025]. A parameter of three dimensions is a stack of matrices, one of four the weight of a convolution,
+            whose matrix has a row for each output channel; vectors are trained by AdamW.
         eight_bit: store AdamW's moments in 8 bits, for parameters of 4,096 entries or more.
         paged: keep AdamW's moments in memory that moves to the CPU when a GPU has too little  [QLoRA, Dettmers et al. 2023]; no
             effect on CPUs.
@@ -105,17 +106,37 @@ class OptimizerSettings:
         return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
 
     def _muon(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Muon for the matrices of each group, of whatever shape, and AdamW for its other parameters, whose number is logged."""
-        kinds = {True: {"use_muon": True, "nesterov": True}, False: {"use_muon": False, "eps": self.epsilon}}
-        parts = [
-            group | settings | {"params": parameters}
-            for group in groups
-            for is_matrix, settings in kinds.items()
-            if (parameters := [each for each in group["params"] if (each.ndim == 2) == is_matrix])
-        ]
+        """Muon for the matrices of each group, of whatever shape, and AdamW for its vectors, which are counted in the log."""
+        parts, stacks = [], []
+        for group in groups:
+            dimensions: dict[int, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                dimensions.setdefault(parameter.ndim, []).append(parameter)
+            for number, parameters in dimensions.items():
+                muon = {"use_muon": True, "nesterov": True, "conv_mode": "batched" if number == 3 else "flatten"}
+                parts.append(group | (muon if number > 1 else {"use_muon": False, "eps": self.epsilon}) | {"params": parameters})
+            stacks += dimensions.get(3, [])
         if others := sum(each.numel() for part in parts for each in part["params"] if not part["use_muon"]):
             logger.warning("Muon trains matrices alone. AdamW trains the other %d parameters.", others)
-        return timm_optim.Muon(parts, momentum=self.betas[0], betas=self.betas, weight_decay=self.weight_decay)
+        betas = {"momentum": self.betas[0], "betas": self.betas}
+        optimizer = timm_optim.Muon(parts, weight_decay=self.weight_decay, normalize_spatial=False, **betas)
+        # timm's Muon takes a parameter of three dimensions for a convolution, with the matrices in the first two of them.
+        optimizer.register_step_pre_hook(_permuting(stacks, (1, 2, 0)))
+        optimizer.register_step_post_hook(_permuting(stacks, (2, 0, 1)))
+        return optimizer
+
+
+def _permuting(parameters: Sequence[nn.Parameter], dimensions: Sequence[int]) -> Callable[..., None]:
+    """A hook of an optimiser that permutes the dimensions of `parameters` and of their gradients, without a copy."""
+
+    def permute(*_: Any) -> None:
+        for parameter in parameters:
+            gradient, parameter.grad = parameter.grad, None
+            parameter.data = parameter.data.permute(*dimensions)
+            if gradient is not None:
+                parameter.grad = gradient.permute(*dimensions)
+
+    return permute
 
 
 def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -111,17 +111,38 @@ def test_muon_moves_a_matrix_by_its_gradient_with_equal_singular_values_and_by_t
     assert (along - along.diag().diag()).abs().max() < 0.1 * expected
 
 
-def test_muon_trains_what_is_no_matrix_by_adamw_at_the_same_rate_and_says_so(caplog):
-    matrix, vector = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(5))
-    stack = nn.Parameter(torch.zeros(3, 4, 4))
+def test_muon_trains_the_matrices_of_a_stack_and_of_a_convolution_as_if_each_were_alone():
+    generator = torch.Generator().manual_seed(1)
+    stack, convolution = nn.Parameter(torch.ones(3, 4, 8)), nn.Parameter(torch.ones(6, 2, 3, 3))
+    alone = [nn.Parameter(torch.ones(4, 8)) for _ in range(3)] + [nn.Parameter(torch.ones(6, 18))]
+    layouts = [stack.stride(), convolution.stride()]
+    optimizer, reference = (
+        OptimizerSettings("Muon").optimizer([{"params": parameters, "lr": 0.1}]) for parameters in ([stack, convolution], alone)
+    )
+    for _ in range(3):
+        stack.grad, convolution.grad = (torch.randn(each.shape, generator=generator) for each in (stack, convolution))
+        gradients = [*stack.grad.clone(), convolution.grad.flatten(1).clone()]
+        for parameter, gradient in zip(alone, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(stack.grad, torch.stack(gradients[:3]), rtol=0, atol=0)
+    assert [stack.stride(), convolution.stride()] == layouts
+    # Muon's iterations are in bfloat16.
+    torch.testing.assert_close(stack.detach(), torch.stack(alone[:3]).detach(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(convolution.detach().flatten(1), alone[3].detach(), rtol=0, atol=2e-3)
+
+
+def test_muon_trains_vectors_by_adamw_at_the_same_rate_and_says_so(caplog):
+    matrix, vectors = nn.Parameter(torch.zeros(4, 4)), [nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3))]
     settings = OptimizerSettings("Muon", epsilon=1e-3)
-    optimizer = settings.optimizer([{"params": [vector, matrix], "lr": 0.1}, {"params": [stack], "lr": 0.2}])
-    assert "AdamW trains the other 53 parameters." in caplog.text
-    for parameter in (matrix, vector, stack):
+    optimizer = settings.optimizer([{"params": [vectors[0], matrix], "lr": 0.1}, {"params": [vectors[1]], "lr": 0.2}])
+    assert "AdamW trains the other 8 parameters." in caplog.text
+    for parameter in (matrix, *vectors):
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     optimizer.step()
-    assert {id(each) for each in trainable_parameters(optimizer)} == {id(matrix), id(vector), id(stack)}
-    for parameter, rate in ((vector, 0.1), (stack, 0.2)):
+    assert {id(each) for each in trainable_parameters(optimizer)} == {id(matrix), *map(id, vectors)}
+    for parameter, rate in zip(vectors, (0.1, 0.2), strict=True):
         torch.testing.assert_close(parameter.detach(), -rate * parameter.grad / (parameter.grad.abs() + 1e-3))
 
 
