@@ -112,7 +112,6 @@ SHORT_PROGRAMS = {
     "benchmarks/bleed.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT}' --nora_flags '{SMALL_RANKS}'",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
     "benchmarks/domain_shift.py": "--images_dir PRETRAINING --num_classes 2 --seeds 0",
-    "benchmarks/fewshot_rates.py": f"--method lora --rates 0.05 --shots 2 --flags '{SHORT_FEWSHOT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
     "benchmarks/outliers.py": "--sets 4",
