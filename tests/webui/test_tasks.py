@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from class_folders import colour_set
@@ -37,12 +38,16 @@ def workspace(tmp_path):
     return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
+# They are rendered, which takes longer than all that a test does with them.
+example_photos = cache(sample_images)
+
+
 def photos_of(workspace, tmp_path, count):
     """The id of a dataset of so many photos."""
     dataset, paths = Dataset(workspace.new_image_set()), []
     for number in range(count):
         paths.append(tmp_path / f"{number}.png")
-        sample_images()[number % 5].rotate(number).save(paths[-1])
+        example_photos()[number % 5].rotate(number).save(paths[-1])
     add_images(dataset, paths)
     return dataset.folder.name
 
