@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 
 from pipelines.run_options import Task
 from training.runs.arena_files import ArenaReport
@@ -23,6 +24,8 @@ from training.runs.naming import variant_title
 SIZE, DPI = (8.0, 5.0), 120
 # Of an entry of the legend, in inches.
 ENTRY_HEIGHT = 0.17
+# Trained parameters from which the axis is logarithmic: some methods have none.
+SMALLEST_DECADE = 100
 FRONT_COLOUR, OTHER_COLOUR = "#c2410c", "#64748b"
 
 
@@ -63,7 +66,9 @@ def quality_by_parameters(report: ArenaReport, task: Task, shots: int | None) ->
     figure.legend(loc="outside right upper", fontsize=7, title=key, title_fontsize=8)
     on_front = {name: (parameters, quality) for name, parameters, quality, *_ in points}
     axes.plot(*zip(*(on_front[name] for name in front), strict=True), color=FRONT_COLOUR, linewidth=1, alpha=0.5, zorder=0)
-    axes.set_xscale("symlog", linthresh=100)
+    axes.set_xscale("symlog", linthresh=SMALLEST_DECADE)
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=SMALLEST_DECADE, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if measure.better == "lower":
         axes.invert_yaxis()
     axes.set_xlabel("trained parameters")
