@@ -195,7 +195,8 @@ def test_a_killed_run_is_interrupted_and_can_be_resumed(workspace):
 def test_a_killed_queued_run_is_interrupted_and_can_be_queued_again(workspace):
     first, second = (launching.start(workspace, "subject", QUICK) for _ in range(2))
     trains(workspace, first)
-    workspace.run(second).process().kill()
+    # The second may write its first status later than the first one starts to train.
+    wait_for(workspace.run(second).process).kill()
     wait_for(lambda: state(workspace, second) == "interrupted")
     launching.resume(workspace, second)
     assert state(workspace, second) == "queued"
