@@ -38,7 +38,13 @@ from pipelines.methods import REFERENCE
 from pipelines.output_paths import check_output_file, check_output_folder
 from pipelines.run_file import ResolvedOptions
 from pipelines.run_options import Task
-from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
+from training.comparison.analysis import (
+    base_model_summaries,
+    comparisons_of,
+    merged,
+    summaries_of,
+    with_seconds_to_quality,
+)
 from training.comparison.blind import write_sheets
 from training.comparison.figures import write_figures
 from training.comparison.report import write_document, write_report
@@ -171,6 +177,7 @@ def report_of(schedule: Schedule, options: ArenaOptions) -> ArenaReport:
         comparisons=comparisons_of(observations, summaries),
         rates=chosen_rates(schedule),
         failed=failures(schedule),
+        base_model=base_model_summaries(observations, [one.label for one in schedule.variants if one.starts_at_base]),
     )
     verdicts = {task.task: verdict_of(report, task.task) for task in schedule.tasks}
     return replace(report, verdict={task: sentences for task, sentences in verdicts.items() if sentences})

@@ -13,16 +13,23 @@ from PIL import Image
 
 from pipelines.fewshot.metric_values import Interval
 from training.arena import main
-from training.comparison.analysis import comparisons_of, merged, summaries_of, with_seconds_to_quality
+from training.comparison.analysis import (
+    base_model_summaries,
+    comparisons_of,
+    merged,
+    summaries_of,
+    with_seconds_to_quality,
+)
 from training.comparison.blind import write_sheets
 from training.comparison.figures import write_figures
 from training.comparison.measures import loss_curve
 from training.comparison.report import markdown, write_document, write_report
 from training.comparison.results import CellResults, read_results
+from training.comparison.variants import MethodVariant
 from training.comparison.verdict import verdict_of
 from training.options.arena import parse_arena_options
 from training.runs.arena_files import BLIND, KEY, RATINGS, RESULTS, ArenaReport, CellResult, Observation
-from training.runs.arena_results import MEASURES, comparisons_to_best, front_of, points_of, ranked
+from training.runs.arena_results import MEASURES, base_model, comparisons_to_best, front_of, points_of, ranked
 from training.runs.progress import PlannedPhase
 from training.runs.run_files import METRICS, RunStatus
 from training.runs.subject_files import EVALUATION
@@ -170,6 +177,35 @@ def test_seconds_to_quality_are_those_until_the_reference_s_last_value_is_reache
     assert [each.values.get("seconds_to_quality") for each in timed] == [9, 2, None]
 
 
+def test_the_report_of_subjects_has_the_loss_of_the_base_model():
+    """Of the variants that start at it, on every split that one of them has; a start elsewhere says nothing about it."""
+    losses = {("toy", 0): 1.0, ("toy", 1): 0.8, ("mug", 0): 0.6}
+
+    def one(variant, split, start):
+        given = observation(variant, *split, start - 0.1, task="subject")
+        return replace(given, curve=[(0, start), (5, start - 0.1)])
+
+    given = [one(variant, split, start) for variant in ("lora", "dora") for split, start in losses.items()]
+    given = [*given[1:], *(one("lora_one", split, 0.3) for split in losses)]
+    report = report_of(given, base_model=base_model_summaries(given, ["lora", "dora"]))
+    assert {dataset: one.value for dataset, one in base_model(report, "subject").items()} == {
+        None: pytest.approx(0.75),
+        "toy": pytest.approx(0.9),
+        "mug": pytest.approx(0.6),
+    }
+    assert "; base model 0.7500)" in verdict_of(report, "subject")[0]
+    rows = [line for line in markdown(report, {}).splitlines() if line.startswith("| Base model |")]
+    assert [row.split("|")[2].split()[0] for row in rows] == ["0.7500", "0.9000"]
+
+
+@pytest.mark.parametrize(
+    ("label", "starts"),
+    [("lora", True), ("lora:learning_rate=0.1", True), ("nora:inner_init=gaussian", False), ("lora_one", False), ("gda", False)],
+)
+def test_a_variant_with_options_may_start_elsewhere_than_at_the_base_model(label, starts):
+    assert MethodVariant.parse(label).starts_at_base == starts
+
+
 def test_the_report_is_written_as_markdown_csv_and_json_and_read_back(observations, tmp_path):
     report = report_of(observations, failed={"few-shot/loftq": "it needs a quantised model"})
     figures = write_figures(report, tmp_path)
@@ -262,7 +298,7 @@ def test_results_that_another_arena_wrote_until_the_directory_was_free_are_kept(
 @pytest.mark.slow(60)
 def test_an_arena_of_both_tasks_trains_reports_and_does_nothing_again(tiny_model, images_dir, tmp_path):
     classes = write_files(tmp_path / "classes", class_files({"cats": 8, "dogs": 8}))
-    variant, refused = "lora:rank=2,learning_rate=0.01", "loftq"
+    variant, refused = "lora:learning_rate=0.01", "loftq"
     flags = [
         *("--subjects_dir", str(images_dir), "--datasets", str(classes), "--methods", variant, refused, "zeroshot"),
         *("--pretrained_model_name_or_path", str(tiny_model), "--subject_flags", "--num_evaluation_images 1"),
@@ -276,6 +312,8 @@ def test_an_arena_of_both_tasks_trains_reports_and_does_nothing_again(tiny_model
     assert measured["subject", variant] == {one.name for one in MEASURES["subject"]}
     assert measured["few-shot", variant] >= {"top1", "calibration_error", "below_zero_shot", "seconds_to_quality"}
     assert report.failed.keys() == {"subject/loftq", "few-shot/loftq"}
+    (subject,) = (one for one in report.observations if one.task == "subject")
+    assert base_model(report, "subject")[None].value == pytest.approx(subject.curve[0][1])
     assert run.status().state == "done"
     written = {path: path.stat().st_mtime_ns for path in run.path.glob("cells/**/status.json")}
     main(parse_arena_options(flags))

@@ -6,7 +6,7 @@ import time
 from PIL import Image
 
 from pipelines.run_file import ResolvedOptions
-from training.comparison.analysis import comparisons_of, summaries_of
+from training.comparison.analysis import base_model_summaries, comparisons_of, summaries_of
 from training.comparison.blind import write_sheets
 from training.comparison.report import write_report
 from training.comparison.verdict import verdict_of
@@ -33,9 +33,8 @@ def observations(methods=METHODS, seeds=5, shots=(1, 2, 4, 8, 16)):
                 near = quality + 0.12 * rng.random()
                 values = {"heldout_loss": 0.4 - 0.2 * near, "image_similarity": 0.7 * near, "text_similarity": 0.3 / near}
                 values |= {"copying": 0.1 * near, "drift": 0.2 * near, **costs}
-                yield Observation(
-                    "subject", dataset, method, None, seed, values, f"cells/subject/{dataset}/{method}/final-{seed}"
-                )
+                cell, curve = f"cells/subject/{dataset}/{method}/final-{seed}", [(0.0, 0.4), (60.0, values["heldout_loss"])]
+                yield Observation("subject", dataset, method, None, seed, values, cell, curve)
         for dataset in ("digits", "coloured-shapes"):
             for number in shots:
                 for seed in range(seeds):
@@ -65,7 +64,10 @@ def arena_in(folder, state="done", seeds=5, methods=METHODS, failed=FAILED, **st
             for number in range(4):
                 Image.new("RGB", (64, 64), (31 * index % 256, 60 * number, 128)).save(images / f"{number}.png")
     summaries = summaries_of(given)
-    report = ArenaReport(list(methods), 200, None, given, summaries, comparisons_of(given, summaries), failed=failed)
+    base_model = base_model_summaries(given, ["lora"])
+    report = ArenaReport(
+        list(methods), 200, None, given, summaries, comparisons_of(given, summaries), failed=failed, base_model=base_model
+    )
     verdict = {task: verdict_of(report, task) for task in ("subject", "few-shot")}
     write_report(ArenaReport(**{**vars(report), "verdict": verdict}), folder, {"subject": [], "few-shot": []})
     write_sheets(given, folder)

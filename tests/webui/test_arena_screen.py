@@ -185,7 +185,7 @@ def test_the_screen_shows_verdict_tables_differences_and_failures(arena):
     report = shown["report"].make().value
     for words in (
         "has the best held-out loss on the subjects", "has the best top-1 on the labelled datasets at 16 shots",
-        "LoRA (rank 1)", "Differences to", "Adjusted p", "Held-out loss against parameters", "Top-1 by shots",
+        "Base model", "LoRA (rank 1)", "Differences to", "Adjusted p", "Held-out loss against parameters", "Top-1 by shots",
         "LoftQ on subjects", "loftq needs --quantize nf4", "Methods at 1 shot", "Every method was trained for 200 steps",
     ):  # fmt: skip
         assert words in report, words

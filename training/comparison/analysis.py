@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipelines.fewshot.metric_values import Interval
 from pipelines.run_options import Task
 from training.comparison.statistics import bootstrap_interval, holm, signed_rank_p
 from training.runs.arena_files import MeasureSummary, Observation, PairedComparison
-from training.runs.arena_results import PRIMARY, TESTED, measure_named, ranked
+from training.runs.arena_results import BASE_MODEL, PRIMARY, TESTED, measure_named, ranked
 
 Split = tuple[str, int]
 
@@ -53,6 +53,21 @@ def summaries_of(observations: Sequence[Observation]) -> list[MeasureSummary]:
             for dataset in (None, one.dataset):
                 grouped[one.task, dataset, one.variant, one.shots, name][one.dataset].append(value)
     return [MeasureSummary(*key, bootstrap_interval(values), sum(map(len, values.values()))) for key, values in grouped.items()]
+
+
+def base_model_summaries(observations: Sequence[Observation], at_base: Collection[str]) -> list[MeasureSummary]:
+    """The held-out loss of the base model, over all subjects and for each: the first point of a curve on each split.
+
+    Labelled datasets have none: zero-shot is one of their methods.
+
+    Args:
+        at_base: the variants that start at the base model.
+    """
+    started = {
+        (one.dataset, one.seed): one for one in observations if one.task == "subject" and one.variant in at_base and one.curve
+    }
+    measure = PRIMARY["subject"]
+    return summaries_of([replace(one, variant=BASE_MODEL, values={measure: one.curve[0][1]}) for one in started.values()])
 
 
 def comparisons_of(observations: Sequence[Observation], summaries: Sequence[MeasureSummary]) -> list[PairedComparison]:

@@ -13,12 +13,14 @@ from pipelines.tables import harmless, markdown_table, replace_parts
 from pipelines.text_files import write_text_atomically
 from training.runs.arena_files import MARKDOWN, OBSERVATIONS, ArenaReport
 from training.runs.arena_results import (
+    BASE_MODEL,
     MEASURES,
     PRIMARY,
     TASK_NAMES,
     TESTED,
     Measure,
     all_shots,
+    base_model,
     by_dataset,
     comparisons_to_best,
     incomplete,
@@ -122,7 +124,9 @@ def _means(report: ArenaReport, task: Task, shots: int | None) -> Iterator[str]:
         yield f"{counted(shots, 'shot')}:"
         yield ""
     order = [summary.variant for summary in ranked(report.summaries, task, shots, PRIMARY[task])]
-    rows = ([variant_title(variant), *(_mean(report, task, shots, one, variant) for one in measures)] for variant in order)
+    rows = [[variant_title(variant), *(_mean(report, task, shots, one, variant) for one in measures)] for variant in order]
+    if before := base_model(report, task):
+        rows.append([BASE_MODEL, *(one.with_interval(before[None]) if one.name == PRIMARY[task] else "" for one in measures)])
     yield markdown_table(["method", *(measure.title for measure in measures)], rows)
 
 
@@ -140,6 +144,8 @@ def _by_dataset(report: ArenaReport, task: Task, shots: int | None) -> Iterator[
     texts = [{variant: measure.with_interval(one) for variant, one in of_dataset.items()} for of_dataset in values.values()]
     order = [one.variant for one in ranked(report.summaries, task, shots, measure.name)]
     rows = [[variant_title(variant), *(of_dataset.get(variant, "") for of_dataset in texts)] for variant in order]
+    if before := base_model(report, task):
+        rows.append([BASE_MODEL, *(measure.with_interval(before[dataset]) if dataset in before else "" for dataset in values)])
     at = "" if shots is None else f" at {counted(shots, 'shot')}"
     yield f"{measure.title.capitalize()}{at} on each dataset, with the interval over its seeds:"
     yield ""

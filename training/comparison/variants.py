@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines import BASELINES
-from pipelines.methods import method_names
+from pipelines.methods import method_named, method_names
 from pipelines.run_options import Task
 from training.options.arena import ALL
 
@@ -52,6 +52,12 @@ class MethodVariant:
     def fixed_rate(self) -> float | None:
         """The learning rate among its options; it is then not swept. None without one."""
         return next((float(value) for name, value in self.options if name == RATE), None)
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether its training is known to start at the base model: options other than the rate may change the start."""
+        has_options = any(name != RATE for name, _ in self.options)
+        return not (self.is_baseline or has_options) and method_named(self.method).starts_at_base
 
     def flags(self) -> list[str]:
         """Its flags, without the learning rate."""

@@ -8,7 +8,16 @@ from pipelines.fewshot.layouts import counted
 from pipelines.run_options import Task
 from training.comparison.statistics import CONFIDENCE, smallest_p
 from training.runs.arena_files import ArenaReport, MeasureSummary
-from training.runs.arena_results import PRIMARY, TASK_NAMES, comparisons_to_best, largest_shots, mean_of, measure_named, ranked
+from training.runs.arena_results import (
+    PRIMARY,
+    TASK_NAMES,
+    base_model,
+    comparisons_to_best,
+    largest_shots,
+    mean_of,
+    measure_named,
+    ranked,
+)
 from training.runs.naming import variant_title
 
 SIGNIFICANT = 1 - CONFIDENCE
@@ -38,6 +47,8 @@ def _best(report: ArenaReport, task: Task, shots: int | None, ranking: Sequence[
     winner, interval = variant_title(ranking[0].variant), ranking[0].interval
     at = f" at {shots} shots" if shots is not None else ""
     bounds = f"{measure.text(interval.value)}, 95% interval {measure.text(interval.low)} to {measure.text(interval.high)}"
+    if before := base_model(report, task):
+        bounds += f"; base model {measure.text(before[None].value)}"
     count = len(ranking) - 1
     if not equal:
         rest = "and the difference to every other method is significant"

@@ -192,6 +192,7 @@ class ArenaReport(RunFile):
         max_train_seconds: of each training; None with a budget of steps.
         rates: the learning rates that were chosen, by "task/dataset" and variant; a method without a rate has none.
         failed: the reason for each variant that failed, by "task/variant".
+        base_model: the held-out loss of the base model on subjects.
         verdict: sentences for each task.
     """
 
@@ -207,6 +208,7 @@ class ArenaReport(RunFile):
     rates: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     verdict: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    base_model: Sequence[MeasureSummary] = ()
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
@@ -220,6 +222,9 @@ class ArenaReport(RunFile):
         comparisons = values.get("comparisons", ()) if version > 1 else ()
         return values | {
             "observations": tuple(Observation(**one) for one in values.get("observations", ())),
-            "summaries": tuple(MeasureSummary(**with_interval(one, "interval")) for one in values.get("summaries", ())),
+            **{
+                name: tuple(MeasureSummary(**with_interval(one, "interval")) for one in values.get(name, ()))
+                for name in ("summaries", "base_model")
+            },
             "comparisons": tuple(PairedComparison(**with_interval(one, "difference")) for one in comparisons),
         }

@@ -14,6 +14,8 @@ from training.runs.naming import variant_title
 
 Direction = Literal["higher", "lower"]
 TASK_NAMES: dict[Task, str] = {"subject": "subjects", "few-shot": "labelled datasets"}
+# In tables, beside the titles of methods.
+BASE_MODEL = "Base model"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ def by_dataset(summaries: Sequence[MeasureSummary], task: Task, shots: int | Non
         if one.dataset is not None and (one.task, one.shots, one.measure) == (task, shots, PRIMARY[task]):
             datasets.setdefault(one.dataset, {})[one.variant] = one.interval
     return datasets
+
+
+def base_model(report: ArenaReport, task: Task) -> dict[str | None, Interval]:
+    """The primary measure of the base model by dataset, None for the mean over all; empty if no curve starts at it."""
+    return {one.dataset: one.interval for one in report.base_model if one.task == task}
 
 
 def quality_by_shots(summaries: Sequence[MeasureSummary], task: Task) -> dict[str, list[tuple[int, Interval]]]:
